@@ -1,0 +1,28 @@
+"""The recipe of a fine-tune: composes the configs of the parts."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from finetune.augment import AugmentConfig
+from finetune.benchmark import BenchmarkConfig
+from finetune.identities import IdentitiesConfig
+from finetune.optim import OptimConfig
+from finetune.sampling import SamplingConfig
+from pretrain.backbone import BackboneConfig
+from recipes.load import Section
+
+
+class FinetuneConfig(Section):
+    """One section a part; a section's name is its module's name."""
+
+    seed: int = Field(0, ge=0)
+    precision: Literal["no", "bf16"] = "bf16"  # of the backbone; distances and losses are float32
+    log_every: int = Field(10, ge=1)  # steps
+    method: dict[str, Any] = {"name": "bot"}  # `name`: a file in finetune/methods; the rest are that method's own keys
+    benchmark: BenchmarkConfig
+    identities: IdentitiesConfig = IdentitiesConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    augment: AugmentConfig = AugmentConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    optim: OptimConfig = OptimConfig()

@@ -1,0 +1,53 @@
+"""Evaluate a model by retrieval, without training.
+
+    python finetune/eval.py --ckpt runs/market                       a fine-tuned model
+    python finetune/eval.py --ckpt runs/smoke/teacher                a teacher as it is: cosine of its CLS tokens
+    python finetune/eval.py --ckpt none                              random weights
+    python finetune/eval.py --ckpt histogram                         no network: colour histograms of eight stripes
+    python finetune/eval.py --ckpt runs/market benchmark.shards=data/other      another test set
+
+Writes OUT/results.json (mAP, Rank-k, mINP, the AP of every query), OUT/nearest.json, OUT/strips.png, OUT/embeddings.
+"""
+
+import argparse
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from finetune import benchmark, features, models
+from finetune.augment import Augment
+from finetune.config import FinetuneConfig
+from recipes.errors import plain_errors
+from recipes.load import load, recipe_path
+from shards.on_demand import ensure_sets
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="run folder, model folder, `none` or `histogram`")
+    parser.add_argument("--recipe", default=str(recipe_path("finetune/figures.yaml")), help="YAML; default: figures")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: runs/eval-<ckpt>")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
+    given = parser.parse_args()
+    config = load(FinetuneConfig, given.recipe, given.overrides)
+    out = given.out or Path("runs") / f"eval-{Path(given.ckpt).name}"
+    accelerator = Accelerator(mixed_precision=config.precision)
+    ensure_sets([config.benchmark.shards], config.benchmark.draw, True, accelerator.wait_for_everyone)
+    if given.ckpt == "histogram":
+        embed = features.histogram_split
+    else:
+        model, augment = models.load_embedder(given.ckpt, config.backbone, config.augment, config.seed)
+        embed = features.embedder(
+            model.to(accelerator.device), Augment(augment), accelerator, config.benchmark.workers
+        )
+    tables = benchmark.Tables(config.benchmark, embed)
+    out.mkdir(parents=True, exist_ok=True)
+    tables.save(out / "embeddings")
+    facts = {"ckpt": given.ckpt, "shards": config.benchmark.shards}
+    print(benchmark.sentence(benchmark.report(tables, out, given.ckpt, facts)))
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,76 @@
+"""The contract of a fine-tune method: what the loop in run.py calls. A method is one file beside this one."""
+
+import abc
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.identities import Identities
+from finetune.sampling import SamplingConfig, epoch_batches
+from pretrain.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Training images of one step of one process."""
+
+    images: Tensor  # float32 [B, 3, H, W], normalised
+    labels: Tensor  # int64 [B], classes 0..C-1
+    drops: Tensor  # float32 [B, S] uniform draws for the backbone's stochastic depth
+
+
+class Parts(NamedTuple):
+    """What a method is built from."""
+
+    backbone: Backbone
+    classes: int  # C, training identities
+    sampling: SamplingConfig
+    seed: int
+
+
+class Method(nn.Module, abc.ABC):
+    """A trainable system for retrieval. `forward` returns losses, so that distributed hooks fire on it."""
+
+    def __init__(self, parts: Parts):
+        super().__init__()
+        self.backbone = parts.backbone
+        self.sampling, self.seed = parts.sampling, parts.seed
+
+    def epoch(self, number: int, identities: Identities) -> np.ndarray:
+        """The global batches of this epoch: int64 [batches, B], positions in identities.rows. P x K by default."""
+        shape = self.sampling.identities_per_batch, self.sampling.images_per_identity
+        return epoch_batches(identities.labels, *shape, self.seed, number)
+
+    @abc.abstractmethod
+    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Named, already weighted losses; the loop sums them."""
+
+    def end_step(self) -> None:  # noqa: B027 - most methods have nothing to do here
+        """After the optimiser step: momentum encoder, queue, memory."""
+
+    @abc.abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """L2-normalised retrieval features [B, F] of images [B, 3, H, W]; called in eval mode."""
+
+    def optimisers(self) -> list[nn.Module]:
+        """The modules that get an optimiser each; one for all by default."""
+        return [self]
+
+    def rescore(self, query: Tensor, candidates: Tensor) -> Tensor | None:
+        """Second stage after the search: scores [k] of candidate features [k, F] for a query [F]; None = none."""
+        return None
+
+
+class Direct(nn.Module):
+    """A backbone as it is, without fine-tuning: the L2-normalised CLS token."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def embed(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, D]."""
+        return torch.nn.functional.normalize(self.backbone(images).cls.float(), dim=-1)

@@ -1,0 +1,61 @@
+"""Models on disk and in memory: from `--ckpt` to something that embeds."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.augment import AugmentConfig
+from finetune.methods import build
+from finetune.methods.base import Direct, Method, Parts
+from finetune.sampling import SamplingConfig
+from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
+from pretrain.checkpoint import load_backbone, load_model, save_model
+from recipes.errors import UserError
+
+SCRATCH = "none"  # `--ckpt none`: random weights
+
+
+def start_backbone(ckpt: str, config: BackboneConfig, size: tuple[int, int], seed: int) -> tuple[Backbone, dict]:
+    """The backbone that a training starts from, and the config stored with it ({} for random weights).
+
+    ckpt: a path or "none". size: height, width of the input. Another width or depth than the recipe's is a UserError.
+    """
+    wanted = timm_arguments(config, size)
+    if ckpt != SCRATCH:
+        return load_backbone(Path(ckpt), wanted, config.drop_path)
+    torch.manual_seed(seed)
+    backbone = Backbone(wanted, drop_path=config.drop_path)
+    backbone.initialise(config.init)
+    return backbone, {}
+
+
+def save(folder: Path, method: Method, name: dict[str, Any], augment: AugmentConfig, facts: dict[str, Any]) -> None:
+    """Export a fine-tuned model. name: the recipe's `method` section."""
+    config = {"kind": "reid", "method": name, "timm": method.backbone.arguments, "augment": augment.model_dump()}
+    save_model(folder, method.state_dict(), {**config, **facts})
+
+
+def load_embedder(
+    ckpt: str, config: BackboneConfig, augment: AugmentConfig, seed: int
+) -> tuple[nn.Module, AugmentConfig]:
+    """What `--ckpt` names, ready to embed, and how its input is prepared.
+
+    A teacher or random weights embed with the CLS token as it is; a fine-tuned model as its method does. A teacher gets
+    the normalisation of its pretraining, a fine-tuned model everything as in its training.
+    """
+    if ckpt != SCRATCH:
+        tensors, stored = load_model(Path(ckpt))
+        if stored.get("kind") == "reid":
+            parts = Parts(Backbone(stored["timm"]), stored["classes"], SamplingConfig(), seed)
+            settings = dict(stored["method"])
+            method = build(settings.pop("name"), settings, parts)
+            try:
+                method.load_state_dict(tensors)
+            except RuntimeError as error:
+                told = " ".join(str(error).split())[:300]
+                raise UserError(f"--ckpt {ckpt}: weights and config do not belong together: {told}") from error
+            return method, AugmentConfig(**stored["augment"])
+    backbone, stored = start_backbone(ckpt, config, (augment.height, augment.width), seed)
+    return Direct(backbone), augment.model_copy(update=stored.get("normalize", {}))

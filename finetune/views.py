@@ -1,0 +1,66 @@
+"""Training images of a fine-tune: global P x K batches, each process its part, every random number of its own seed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from finetune.augment import Augment
+from finetune.identities import Identities
+from finetune.methods.base import ImageBatch
+from shards.images import decode
+from shards.reader import ShardReader
+from shards.seeds import generator
+
+Place = tuple[int, int, int, int]  # epoch, batch, slot in the global batch, position in identities.rows
+
+
+class TrainViews(Dataset):
+    """Place -> (image, label, drop-path draws)."""
+
+    def __init__(self, reader: ShardReader, identities: Identities, augment: Augment, seed: int, drop_places: int):
+        self.reader, self.identities, self.augment = reader, identities, augment
+        self.seed, self.drop_places = seed, drop_places
+
+    def __getitem__(self, place: Place) -> tuple[np.ndarray, int, np.ndarray]:
+        epoch, batch, slot, position = place
+        # the slot, not the image: an image may stand in a batch more than once
+        rng = generator(self.seed, "finetune/views", epoch, batch, slot)
+        image = decode(self.reader[int(self.identities.rows[position])].image)
+        view = self.augment.train_view(image, rng)
+        return view, int(self.identities.labels[position]), rng.random(self.drop_places, dtype=np.float32)
+
+
+class Places:
+    """A sampler whose batches are set anew for each epoch, so that the workers live through all of them."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Place]] = []
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def places(epoch: int, batches: np.ndarray, per_identity: int, rank: int, ranks: int) -> list[list[Place]]:
+    """The places of process `rank`: of each global batch P / ranks identities. batches: int64 [batches, P * K]."""
+    size = batches.shape[1] // ranks
+    assert size % per_identity == 0, "checked by sampling.shard_batch"
+    slots = range(rank * size, (rank + 1) * size)
+    return [[(epoch, number, slot, int(batch[slot])) for slot in slots] for number, batch in enumerate(batches)]
+
+
+def collate(items: list[tuple[np.ndarray, int, np.ndarray]]) -> ImageBatch:
+    """Stack the images of one process."""
+    images, labels, drops = zip(*items, strict=True)
+    return ImageBatch(*(torch.from_numpy(np.stack(part)) for part in (images, labels, drops)))
+
+
+def build_loader(views: TrainViews, sampler: Places, workers: int) -> DataLoader:
+    """torch's DataLoader over what the sampler holds at the time."""
+    return DataLoader(
+        views, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
+    )

@@ -1,0 +1,208 @@
+"""The full state of a run for resume, and the teacher as an exported model.
+
+A checkpoint is a folder `samples-<n>` with `tensors.safetensors` and `state.json`; it is written under another name and
+renamed, so a folder of that name is complete. A model is a folder with `model.safetensors` and `config.json`.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pretrain.backbone import Backbone
+from recipes.errors import UserError
+from recipes.load import Section
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class CheckpointConfig(Section):
+    """When to save."""
+
+    every_epochs: float = Field(1.0, gt=0)  # full state
+    keep: int = Field(2, ge=1)  # newest full states
+    teacher_every_epochs: float = Field(20.0, gt=0)  # exported teachers, all kept: the last is not always the best
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _commit(folder: Path, tensors: dict[str, Tensor], file: str, facts: tuple[str, dict[str, Any]]) -> None:
+    """Write a folder of one tensor file and one JSON file under a temporary name, flush it, put it in place."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / file)
+    (partial / facts[0]).write_text(json.dumps(facts[1], indent=1) + "\n")
+    for path in (partial / file, partial / facts[0], partial):
+        _fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _fsync(folder.parent)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """State of the optimiser keyed `<parameter name>//<what>`, independent of the order of groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}//{what}": value
+        for parameter, state in optimizer.state.items()
+        for what, value in state.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the state of `optimizer_tensors` back."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, what = key.partition("//")
+        parameter = parameters[name]
+        # the step counter stays where torch keeps it: with fused AdamW beside the parameter
+        optimizer.state[parameter][what] = value.to(parameter.device).clone()
+
+
+def save_state(
+    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, samples: int, keep: int
+) -> None:
+    """Save modules by name and the optimiser of modules["student"]; older states beyond `keep` go after that."""
+    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    for key, value in optimizer_tensors(optimizer, modules["student"]).items():
+        tensors[f"optimizer.{key}"] = value
+    facts = {"format_version": FORMAT_VERSION, "samples": samples}
+    _commit(folder / f"samples-{samples:012d}", tensors, "tensors.safetensors", ("state.json", facts))
+    for old in states(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def states(folder: Path) -> list[Path]:
+    """Complete states in a folder, oldest first."""
+    found = folder.glob("samples-*") if folder.is_dir() else []
+    return sorted(path for path in found if re.fullmatch(r"samples-\d{12}", path.name))
+
+
+def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Restore what `save_state` wrote; returns the samples consumed. Raises UserError on a damaged state."""
+    try:
+        facts = json.loads((state / "state.json").read_text())
+        tensors = load_file(state / "tensors.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"checkpoint {state} is damaged ({error}); delete it to go on from the one before") from error
+    if facts["format_version"] != FORMAT_VERSION:
+        raise UserError(f"checkpoint {state} has format {facts['format_version']}, this version reads {FORMAT_VERSION}")
+    for name, module in modules.items():
+        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+    own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    load_optimizer(optimizer, modules["student"], own)
+    return int(facts["samples"])
+
+
+def save_model(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Export a model: its weights and what rebuilds it."""
+    _commit(folder, tensors, WEIGHTS, (CONFIG, {"format_version": FORMAT_VERSION, **config}))
+
+
+def save_teacher(folder: Path, backbone: Backbone, facts: dict[str, Any]) -> None:
+    """Export a teacher backbone: plain timm weights. facts: normalisation, samples seen and the like."""
+    save_model(folder, backbone.vit.state_dict(), {"kind": "backbone", "timm": backbone.arguments, **facts})
+
+
+class Keeper:
+    """Saves what is due after a step."""
+
+    def __init__(self, out: Path, config: CheckpointConfig, steps: int, steps_per_epoch: float, batch: int):
+        self.out, self.config, self.steps, self.steps_per_epoch, self.batch = out, config, steps, steps_per_epoch, batch
+
+    def _due(self, step: int, every_epochs: float) -> bool:
+        """Whether step `step` (counted from 1) is the first one past a multiple of `every_epochs`."""
+        length = every_epochs * self.steps_per_epoch
+        return int(step / length) > int((step - 1) / length)
+
+    def after(
+        self, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+    ) -> None:
+        """`step` optimiser steps are done. modules: "student", "teacher" and the rest of the state; facts go into the
+        config of an exported teacher."""
+        last, epochs = step == self.steps, step / self.steps_per_epoch
+        if last or self._due(step, self.config.every_epochs):
+            save_state(self.out / "checkpoints", modules, optimizer, step * self.batch, self.config.keep)
+        facts = {**facts, "epochs": round(epochs, 3), "samples": step * self.batch}
+        if self._due(step, self.config.teacher_every_epochs):
+            save_teacher(self.out / "teachers" / f"epoch-{epochs:07.2f}", modules["teacher"].backbone, facts)
+        if last:
+            save_teacher(self.out / "teacher", modules["teacher"].backbone, facts)
+
+
+def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and config of an exported model. path: its folder, the run folder around it, or the weights file."""
+    folder = path.parent if path.is_file() and path.name == WEIGHTS else path
+    for candidate in (folder, folder / "model", folder / "teacher"):
+        if (candidate / WEIGHTS).is_file():
+            folder = candidate
+            break
+    else:
+        raise UserError(
+            f"--ckpt {path} is no checkpoint: expected a folder with {WEIGHTS} and {CONFIG}, "
+            "as pretrain/run.py writes to OUT/teacher and finetune/run.py to OUT/model"
+        )
+    try:
+        return load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error
+
+
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
+    """Position embeddings [1, prefix + N, D] from one patch grid (rows, columns) to another, bilinearly.
+
+    The `prefix` places of CLS (and registers) are copied. This is the kernel that the published fine-tunes use at load.
+    """
+    patches = rearrange(positions[:, prefix:], "1 (r c) d -> 1 d r c", r=old[0], c=old[1])
+    patches = F.interpolate(patches, size=new, mode="bilinear", align_corners=False)
+    return torch.cat([positions[:, :prefix], rearrange(patches, "1 d r c -> 1 (r c) d")], dim=1)
+
+
+def load_backbone(
+    path: Path, wanted: dict[str, Any] | None = None, drop_path: float = 0.0
+) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone of an exported teacher or fine-tuned model, and its config; strict: every key must fit.
+
+    wanted: timm arguments that it must have (see backbone.timm_arguments); another image size is allowed, the position
+    embeddings are resized. Raises UserError naming what differs.
+    """
+    tensors, config = load_model(path)
+    prefix = "" if config.get("kind") == "backbone" else "backbone.vit."
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    found = config.get("timm")
+    if not isinstance(found, dict):
+        raise UserError(f"--ckpt {path}: {CONFIG} does not tell the timm arguments of the model; export it again")
+    wanted = wanted or found
+    other = [key for key in sorted({*found, *wanted} - {"img_size"}) if found.get(key) != wanted.get(key)]
+    if other:
+        told = "; ".join(f"{key} is {found.get(key)}, the recipe asks for {wanted.get(key)}" for key in other)
+        raise UserError(f"--ckpt {path} does not fit the recipe's backbone section: {told}")
+    backbone = Backbone(wanted, drop_path=drop_path)
+    try:
+        patch = found["patch_size"]
+        grid = (found["img_size"][0] // patch, found["img_size"][1] // patch)
+        if grid != backbone.grid:
+            prefix_tokens = backbone.vit.num_prefix_tokens
+            own["pos_embed"] = resize_positions(own["pos_embed"], grid, backbone.grid, prefix_tokens)
+        backbone.vit.load_state_dict(own)
+    except (KeyError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"--ckpt {path}: weights and {CONFIG} do not belong together: {first}") from error
+    return backbone, config

@@ -1,0 +1,40 @@
+"""The recipe of a pretraining: composes the configs of the parts, defines nothing of its own but the run's settings."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from pretrain.backbone import BackboneConfig
+from pretrain.centering import CenteringConfig
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.heads import HeadsConfig
+from pretrain.loader import LoaderConfig
+from pretrain.losses import LossesConfig
+from pretrain.masks import MasksConfig
+from pretrain.optim import OptimConfig
+from pretrain.photometric import PhotometricConfig
+from pretrain.schedules import SchedulesConfig
+from pretrain.views import ViewsConfig
+from recipes.load import Section
+from shards.order import OrderConfig
+
+
+class PretrainConfig(Section):
+    """One section a part; a section's name is its module's name."""
+
+    seed: int = Field(0, ge=0)
+    precision: Literal["no", "bf16"] = "bf16"  # of the backbones; heads and losses are float32 (fp16 gives NaN)
+    log_every: int = Field(10, ge=1)  # steps
+    dry_run: bool = False  # plan, print, stop
+    loader: LoaderConfig
+    order: OrderConfig = OrderConfig()
+    views: ViewsConfig = ViewsConfig()
+    photometric: PhotometricConfig = PhotometricConfig()
+    masks: MasksConfig = MasksConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    heads: HeadsConfig = HeadsConfig()
+    centering: CenteringConfig = CenteringConfig()
+    losses: LossesConfig = LossesConfig()
+    schedules: SchedulesConfig = SchedulesConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

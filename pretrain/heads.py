@@ -1,0 +1,71 @@
+"""The projection head of iBOT (arXiv 2111.07832): one MLP for CLS and patch tokens, then prototypes."""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pretrain.backbone import Init, init_linear
+from recipes.load import Section
+
+
+class HeadsConfig(Section):
+    """Projection head."""
+
+    out_dim: int = Field(8192, ge=2)  # K, prototypes
+    hidden_dim: int = Field(2048, ge=1)
+    bottleneck_dim: int = Field(256, ge=1)
+    layers: int = Field(3, ge=1)  # linear layers of the MLP, the last one to the bottleneck
+    shared: bool = True  # CLS and patch tokens have the same prototypes
+    norm_last_layer: bool = False  # fix the length of the prototypes to 1 (steadier; iBOT does so for ViT-B)
+    init: Init = "truncated_normal"
+
+
+class Prototypes(nn.Module):
+    """K directions without bias: logit_k = g_k * <v_k / |v_k|, z>. g starts at 1 and learns unless it is fixed."""
+
+    def __init__(self, dim: int, count: int, fixed_length: bool):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(count, dim))
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+        gain = torch.ones(count, 1)
+        if fixed_length:
+            self.register_buffer("weight_g", gain)
+        else:
+            self.weight_g = nn.Parameter(gain)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [..., dim] -> logits [..., K]."""
+        return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=-1))
+
+
+class Head(nn.Module):
+    """MLP -> L2 normalisation -> prototypes, in float32 whatever the precision of the backbone."""
+
+    def __init__(self, dim: int, config: HeadsConfig, patches: bool = True):
+        """dim: of the tokens. patches: whether patch logits are needed (the MIM term)."""
+        super().__init__()
+        widths = [dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim]
+        parts: list[nn.Module] = []
+        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+            parts += [nn.Linear(fan_in, fan_out), nn.GELU()]
+        self.mlp = nn.Sequential(*parts[:-1])
+        init_linear(self.mlp, config.init)
+        self.last_layer = Prototypes(config.bottleneck_dim, config.out_dim, config.norm_last_layer)
+        own = patches and not config.shared
+        self.last_layer2 = Prototypes(config.bottleneck_dim, config.out_dim, config.norm_last_layer) if own else None
+
+    def bottleneck(self, tokens: Tensor) -> Tensor:
+        """tokens [..., D] -> unit vectors [..., bottleneck]."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.normalize(self.mlp(tokens.float()), dim=-1)
+
+    def cls_logits(self, z: Tensor) -> Tensor:
+        """Bottleneck vectors of CLS tokens [..., bottleneck] -> logits [..., K]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.last_layer(z)
+
+    def patch_logits(self, z: Tensor) -> Tensor:
+        """Bottleneck vectors of patch tokens [..., bottleneck] -> logits [..., K]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return (self.last_layer2 or self.last_layer)(z)

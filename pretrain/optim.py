@@ -1,0 +1,62 @@
+"""AdamW in two groups, gradient clipping, frozen prototypes."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recipes.load import Section
+
+
+class OptimConfig(Section):
+    """AdamW; its rate and decay come from schedules.py."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    clip: float | None = Field(3.0, gt=0)  # longest gradient; None = no clipping
+    clip_by: Literal["parameter", "global"] = "parameter"  # DINO clips each tensor by itself
+
+
+def decayed(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: not to biases and other one-dimensional parameters (norms).
+
+    Position, CLS and mask embeddings are decayed, as in DINO and iBOT.
+    """
+    return not (name.endswith(".bias") or parameter.ndim == 1)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Group 0 has weight decay, group 1 has none; parameters keep the order of `named_parameters`."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if decayed(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_values(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Learning rate of both groups, weight decay of the first."""
+    for index, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if index == 0 else 0.0
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, config: OptimConfig) -> Tensor:
+    """Shorten gradients to config.clip, each tensor by itself or all together; returns the global norm before."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if config.clip is not None:
+        longest = norms if config.clip_by == "parameter" else [total] * len(gradients)
+        torch._foreach_mul_(gradients, [(config.clip / (norm + 1e-6)).clamp(max=1.0) for norm in longest])
+    return total
+
+
+def freeze_last_layer(model: nn.Module) -> None:
+    """Drop the gradients of the prototypes, so that this step does not move them."""
+    for name, parameter in model.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None

@@ -1,0 +1,148 @@
+"""Pretrain a Vision Transformer on unlabeled person crops: DINO + masked image modelling (PersonViT, arXiv 2408.05398).
+
+    accelerate launch pretrain/run.py                                       the smoke recipe, on drawn figures
+    accelerate launch pretrain/run.py --recipe recipes/pretrain/demo.yaml --out runs/demo/pretrain
+    accelerate launch --config_file recipes/accelerate/gpu8.yaml pretrain/run.py --recipe ... loader.batch=1024
+
+The same command on a run folder that holds a checkpoint goes on from it. The teacher comes out as OUT/teacher.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pretrain import checkpoint, optim, schedules
+from pretrain.backbone import Backbone, timm_arguments
+from pretrain.batch import Batch
+from pretrain.centering import Centering, teacher_targets
+from pretrain.config import PretrainConfig
+from pretrain.heads import Head
+from pretrain.health import signals
+from pretrain.journal import Journal
+from pretrain.loader import MicroBatches, ViewMaker, build_loader, micro_batch
+from pretrain.losses import named_losses
+from pretrain.planning import describe
+from pretrain.student_teacher import Student, build_teacher, update_teacher
+from recipes.errors import plain_errors
+from recipes.load import load, recipe_path
+from recipes.progress import Meter
+from recipes.record import RunFolder
+from shards.on_demand import ensure_sets
+from shards.order import Order, check_ranks
+from shards.reader import ShardReader
+
+# keys that change how fast a run goes, not what it computes: they may differ when it is continued
+FREE_KEYS = ("loader.workers", "loader.prefetch", "log_every")
+
+
+def arguments() -> tuple[PretrainConfig, Path]:
+    """The resolved recipe and the run folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default=str(recipe_path("pretrain/smoke.yaml")), help="YAML file; default: smoke")
+    parser.add_argument("--out", type=Path, help="run folder; default: runs/<name of the recipe>")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
+    given = parser.parse_args()
+    config = load(PretrainConfig, given.recipe, given.overrides)
+    return config, given.out or Path("runs") / Path(given.recipe).stem
+
+
+def build_modules(config: PretrainConfig, device: torch.device) -> dict[str, nn.Module]:
+    """student, teacher and centres by name: with the optimiser, the whole state of the method.
+
+    The fresh weights are the same on all processes.
+    """
+    torch.manual_seed(config.seed)
+    mim = config.losses.patch_weight > 0
+    vit = timm_arguments(config.backbone, config.views.global_size)
+    backbone = Backbone(vit, masked=mim, drop_path=config.backbone.drop_path)
+    backbone.initialise(config.backbone.init)
+    student = Student(backbone, Head(backbone.dim, config.heads, patches=mim), config.photometric, mim).to(device)
+    kinds = ("cls", "patches") if mim else ("cls",)
+    centres = nn.ModuleDict({kind: Centering(config.heads.out_dim, config.centering) for kind in kinds}).to(device)
+    return {"student": student, "teacher": build_teacher(student), "centres": centres}
+
+
+def build_batches(
+    config: PretrainConfig, reader: ShardReader, backbone: Backbone, span: tuple[int, int], accelerator: Accelerator
+) -> Iterator[Batch]:
+    """The micro-batches of this process for the steps of `span`, one after the other."""
+    order = Order(reader.shard_sizes, config.seed, config.order)
+    recipes = (config.views, config.photometric, config.masks)
+    maker = ViewMaker(reader, order, config.seed, recipes, backbone.grid, len(backbone.drops))
+    micro = micro_batch(config.loader, accelerator.num_processes)
+    ranks = (accelerator.process_index, accelerator.num_processes)
+    sampler = MicroBatches(span, config.loader.batch, micro, *ranks)
+    return iter(build_loader(maker, sampler, config.loader, pin=accelerator.device.type == "cuda"))
+
+
+def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: ShardReader) -> None:
+    """Build the parts, then the loop, which is the method."""
+    batch_size, processes = config.loader.batch, accelerator.num_processes
+    steps_per_epoch, micro_size = len(reader) / batch_size, micro_batch(config.loader, processes)
+    steps = max(1, int(config.schedules.epochs * steps_per_epoch))
+    modules = build_modules(config, accelerator.device)
+    parts = {config.backbone.name: modules["student"].backbone, "head": modules["student"].head}
+    peak = schedules.peak_lr(config.schedules, batch_size)
+    accelerator.print(describe(parts, len(reader), batch_size, steps, (processes, micro_size), peak))
+    if config.dry_run:
+        return
+    folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=FREE_KEYS)
+    accelerator.init_trackers("tensorboard")
+    plain = optim.build_optimizer(modules["student"], config.optim)
+    states = checkpoint.states(out / "checkpoints")
+    first = checkpoint.load_state(states[-1], modules, plain) // batch_size if states else 0
+    folder.rewind(first - 1)
+    student, optimizer = accelerator.prepare(modules["student"], plain)
+    batches = build_batches(config, reader, modules["student"].backbone, (first, steps), accelerator)
+    keeper = checkpoint.Keeper(out, config.checkpoint, steps, steps_per_epoch, batch_size)
+    facts = {"normalize": {"mean": config.photometric.mean, "std": config.photometric.std}, "seed": config.seed}
+    meter = Meter(steps * batch_size, "pretrain", start=first * batch_size, silent=not accelerator.is_main_process)
+    journal = Journal(folder, accelerator, meter, config.log_every, batch_size)
+    accumulation = batch_size // processes // micro_size
+    with meter:
+        for step in range(first, steps):
+            now = schedules.at(step, steps, steps_per_epoch, batch_size, config.schedules)
+            optim.set_values(optimizer, now.lr, now.weight_decay)
+            for micro, batch in enumerate(journal.waited_for(batches, accumulation), start=1):
+                with contextlib.nullcontext() if micro == accumulation else accelerator.no_sync(student):
+                    with accelerator.autocast():
+                        seen, guessed = modules["teacher"](batch), student(batch)
+                    targets = teacher_targets(modules["centres"], seen, now.teacher_temperature)
+                    losses = named_losses(guessed, targets, batch.mask_weights, config.losses)
+                    accelerator.backward(losses["loss"] / accumulation)
+                journal.collect(losses, signals(targets.cls, seen.features), 1 / accumulation)
+            journal.check_finite(step)
+            if now.freeze_last_layer:
+                optim.freeze_last_layer(student)
+            norm = optim.clip_gradients(student, config.optim)
+            optimizer.step()
+            optimizer.zero_grad()
+            update_teacher(modules["teacher"], modules["student"], now.momentum)
+            for centre in modules["centres"].values():
+                centre.end_step()
+            journal.record(step, {**now._asdict(), "grad_norm": norm})
+            if accelerator.is_main_process:
+                keeper.after(step + 1, modules, plain, facts)
+    accelerator.end_training()
+    accelerator.print(f"teacher: {out / 'teacher'}")
+
+
+def main() -> None:
+    """Entry point."""
+    config, out = arguments()
+    accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=str(out))
+    check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
+    paths = config.loader.shards
+    ensure_sets(paths, config.loader.draw, accelerator.is_main_process, accelerator.wait_for_everyone)
+    reader = ShardReader(paths, config.loader.splits)
+    train(config, out, accelerator, reader)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,134 @@
+"""Read a recipe: YAML -> validated, frozen config.
+
+Unknown keys are refused with the nearest known name, values are checked against the type and range that the part
+states, `section.key=value` overrides come from the command line, and the resolved recipe can be written back.
+"""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from recipes.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every config. Frozen; keys that are not fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def recipe_path(name: str) -> Path:
+    """Path of a recipe that ships with the project, for example `pretrain/smoke.yaml`."""
+    return Path(__file__).parent / name
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` as text and `on` as true; here numbers are numbers and only true/false are booleans."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(("bool", "float", "timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"^[-+]?(?:[0-9]+\.[0-9]*(?:e[-+]?[0-9]+)?|\.[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+|\.inf|\.nan)$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER, re.IGNORECASE), list("-+0123456789."))
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass, builds no objects
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    """Apply one `a.b=c` in place; c is read as YAML."""
+    dotted, equals, text = assignment.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override {assignment!r} is not of the form section.key=value")
+    *sections, key = dotted.split(".")
+    node = tree
+    for name in sections:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {assignment!r}: {name!r} is a value, not a section")
+        node = child
+    node[key] = _parse(text, f"the value of override {assignment!r}")
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [found for part in typing.get_args(annotation) for found in _sections(part)]
+    return []
+
+
+def _known_keys(model: type[Section], location: tuple[Any, ...]) -> list[str]:
+    """Names that are allowed beside the last element of a dotted location."""
+    for name in location[:-1]:
+        field = model.model_fields.get(str(name))
+        inner = _sections(field.annotation) if field else []
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _sentence(model: type[Section], error: Any, where: str) -> str:
+    dotted = ".".join(str(part) for part in error["loc"]) or "the recipe"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(model, error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.0)
+        hint = f"; the nearest known key is {near[0]!r}" if near else ""
+        return f"{where}: unknown key {dotted!r}{hint}"
+    if error["type"] == "missing":
+        return f"{where}: key {dotted!r} is missing"
+    return f"{where}: {dotted} = {error['input']!r} is refused: {error['msg']}"
+
+
+def validate(model: type[S], tree: Any, where: str) -> S:
+    """Build a config from a plain tree; the first fault is raised as a sentence that names its key."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} must hold sections and keys, not {type(tree).__name__}")
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        # an unknown key explains a missing one (a typo), so it is told first
+        faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")
+        raise UserError(_sentence(model, faults[0], where)) from error
+
+
+def load(model: type[S], path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> S:
+    """Read the recipe at `path` (or the shipped recipe of that name) and apply `section.key=value` overrides.
+
+    Raises UserError naming the file and the key for a missing file, bad YAML, unknown keys and values out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        shipped = recipe_path(str(path).removeprefix("recipes/"))
+        if not shipped.is_file():
+            raise UserError(f"recipe {path} does not exist; shipped recipes lie under {recipe_path('')}")
+        path = shipped
+    tree = _parse(path.read_text(), f"recipe {path}") or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} must hold sections and keys, not {type(tree).__name__}")
+    for assignment in overrides:
+        _override(tree, assignment)
+    return validate(model, tree, f"recipe {path}")
+
+
+def dump(config: Section) -> str:
+    """The resolved recipe as YAML: every key, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

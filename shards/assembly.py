@@ -1,0 +1,80 @@
+"""Sources -> shard set: what `build.py` does, callable from the parts that draw or pack their data on first use."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import UserError
+from recipes.load import Section, validate
+from shards import sources
+from shards.images import ImagesConfig
+from shards.packing import PackingConfig
+from shards.schema import Manifest, Record
+from shards.writer import pack
+
+
+def _configure(wanted: list[dict[str, Any]], shared: dict[str, Any]) -> list[tuple[str, Section]]:
+    """Mappings of a recipe (`name` and that source's keys) -> (name, validated config) of each source.
+
+    shared: keys for every source that has them; a key that no source has is refused.
+    """
+    if not wanted:
+        raise UserError("no source is given: name one as SOURCE:PATH or under `sources:` in the recipe")
+    found: list[tuple[str, Section]] = []
+    unused = set(shared)
+    for number, mapping in enumerate(wanted):
+        if "name" not in mapping:
+            raise UserError(f"sources[{number}] has no name; known are {', '.join(sources.names())}")
+        keys = {key: value for key, value in mapping.items() if key != "name"}
+        model = sources.find(mapping["name"]).Config
+        own = {key: value for key, value in shared.items() if key in model.model_fields}
+        unused -= set(own)
+        found.append((mapping["name"], validate(model, keys | own, f"source {mapping['name']}")))
+    if unused:
+        known = sorted({key for _, config in found for key in type(config).model_fields})
+        raise UserError(
+            f"source.{min(unused)} is a key of no source given here; they have {', '.join(known) or 'none'}"
+        )
+    return found
+
+
+def _gather(configured: list[tuple[str, Section]]) -> Iterator[Record]:
+    """The records of all sources; with several ones, the keys of the n-th begin with `s<n>/`."""
+    for number, (name, config) in enumerate(configured):
+        for record in sources.find(name).records(config):
+            if len(configured) > 1:
+                yield dataclasses.replace(record, key=f"s{number}/{record.key}")
+            else:
+                yield record
+
+
+def _labelled(records: list[Record]) -> list[str]:
+    """Prefixes (`s0`, `s1`...) of the sources that give identities or cameras."""
+    return sorted({r.key.partition("/")[0] for r in records if r.pid is not None or r.camid is not None})
+
+
+def build_set(
+    wanted: list[dict[str, Any]],
+    out: Path | str,
+    packing: PackingConfig,
+    images: ImagesConfig,
+    shared: dict[str, Any] | None = None,
+) -> Manifest:
+    """Pack the sources of a recipe (mappings with `name` and that source's keys) into the shard set `out`.
+
+    shared: keys that go to every source that has them. Labels of several sources may collide, so more than one source
+    with labels needs `packing.drop_labels`.
+    """
+    configured = _configure(wanted, shared or {})
+    here = Path(out).resolve()
+    for name, config in configured:
+        inside = getattr(config, "path", None)
+        if inside is not None and here.is_relative_to(Path(inside).resolve()):
+            raise UserError(f"--out {out} lies inside {inside}, which is read as source {name}; choose a place outside")
+    records = list(_gather(configured))
+    both = _labelled(records) if len(configured) > 1 and not packing.drop_labels else []
+    if len(both) > 1:
+        names = ", ".join(configured[int(prefix[1:])][0] for prefix in both)
+        raise UserError(f"{names} all have labels, which may collide; pack each alone or set packing.drop_labels=true")
+    return pack(records, out, packing, images, [{"name": name} | config.model_dump() for name, config in configured])
