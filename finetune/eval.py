@@ -12,11 +12,10 @@ Writes OUT/results.json (mAP, Rank-k, mINP, the AP of every query), OUT/nearest.
 import argparse
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from finetune import benchmark, features, models
 from finetune.augment import Augment
 from finetune.config import FinetuneConfig
+from pretrain import processes
 from recipes.errors import plain_errors
 from recipes.load import load, recipe_path
 from shards.on_demand import ensure_sets
@@ -32,7 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     config = load(FinetuneConfig, given.recipe, given.overrides)
     out = given.out or Path("runs") / f"eval-{Path(given.ckpt).name}"
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = processes.start(config.precision)
     ensure_sets([config.benchmark.shards], config.benchmark.draw, True, accelerator.wait_for_everyone)
     if given.ckpt == "histogram":
         embed = features.histogram_split

@@ -23,6 +23,7 @@ from finetune.identities import Identities, select_identities
 from finetune.methods import build
 from finetune.methods.base import ImageBatch, Method, Parts
 from finetune.sampling import shard_batch
+from pretrain import processes
 from recipes.errors import UserError, plain_errors
 from recipes.load import load, recipe_path
 from recipes.progress import Meter
@@ -106,11 +107,11 @@ def record(
 def main() -> None:
     """Entry point."""
     config, ckpt, out = arguments()
-    acc = Accelerator(mixed_precision=config.precision)
+    acc = processes.start(config.precision)
     ensure_sets([config.benchmark.shards], config.benchmark.draw, acc.is_main_process, acc.wait_for_everyone)
     identities = select_identities(config.identities, ShardReader([config.benchmark.shards], "train").pids)
     method = build_method(config, ckpt, identities)
-    folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"ckpt": ckpt})
+    folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"ckpt": ckpt, "processes": acc.num_processes})
     folder.rewind(-1)  # a fine-tune starts from its first step
     acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {ckpt}")
     method.to(acc.device)
@@ -120,6 +121,7 @@ def main() -> None:
         models.save(out / "model", method, {"name": "bot", **config.method}, config.augment, facts)
         embed = features.embedder(method, Augment(config.augment), acc, config.benchmark.workers)
         tables = benchmark.Tables(config.benchmark, embed)
+        tables.save(out / "embeddings")
         acc.print(benchmark.sentence(benchmark.report(tables, out, str(out), facts)))
     acc.wait_for_everyone()
     acc.end_training()

@@ -138,13 +138,14 @@ class Keeper:
         """`step` optimiser steps are done. modules: "student", "teacher" and the rest of the state; facts go into the
         config of an exported teacher."""
         last, epochs = step == self.steps, step / self.steps_per_epoch
+        exported = {**facts, "epochs": round(epochs, 3), "samples": step * self.batch}
+        # teachers first: a run killed before its state is saved does the step again, one killed after it does not
+        if self._due(step, self.config.teacher_every_epochs):
+            save_teacher(self.out / "teachers" / f"epoch-{epochs:07.2f}", modules["teacher"].backbone, exported)
+        if last:
+            save_teacher(self.out / "teacher", modules["teacher"].backbone, exported)
         if last or self._due(step, self.config.every_epochs):
             save_state(self.out / "checkpoints", modules, optimizer, step * self.batch, self.config.keep)
-        facts = {**facts, "epochs": round(epochs, 3), "samples": step * self.batch}
-        if self._due(step, self.config.teacher_every_epochs):
-            save_teacher(self.out / "teachers" / f"epoch-{epochs:07.2f}", modules["teacher"].backbone, facts)
-        if last:
-            save_teacher(self.out / "teacher", modules["teacher"].backbone, facts)
 
 
 def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

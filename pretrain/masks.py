@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recipes.load import Section
 
@@ -17,6 +17,14 @@ class MasksConfig(Section):
     shape: Literal["block", "random"] = "block"  # rectangles, or independent patches
     aspect: tuple[float, float] = (0.3, 1 / 0.3)  # height / width of a block, log-uniform
     start_epoch: float = Field(0.0, ge=0)  # no masks before
+
+    @model_validator(mode="after")
+    def _ratios_are_shares(self) -> "MasksConfig":
+        if not self.ratios or len(self.ratios) != len(self.spreads):
+            raise ValueError(f"ratios {self.ratios} and spreads {self.spreads} need one spread for each ratio")
+        if any(not 0 <= r - s <= r + s <= 1 for r, s in zip(self.ratios, self.spreads, strict=True)):
+            raise ValueError(f"ratios {self.ratios} plus or minus spreads {self.spreads} must stay within 0 and 1")
+        return self
 
 
 def draw_ratio(rng: np.random.Generator, config: MasksConfig) -> float:
@@ -38,7 +46,7 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], count: int, aspe
     missing = count
     while missing > 0:
         for _ in range(10):
-            area = rng.uniform(smallest, max(missing, smallest))
+            area = rng.uniform(min(smallest, missing), max(smallest, missing))
             tall = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
             h, w = round(math.sqrt(area * tall)), round(math.sqrt(area / tall))
             if not (0 < h < rows and 0 < w < columns):

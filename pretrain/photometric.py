@@ -54,11 +54,11 @@ def draw(rng: np.random.Generator, kind: int, config: PhotometricConfig) -> np.n
 
 
 def _hue_matrix(turn: Tensor) -> Tensor:
-    """Rotation of the chrominance plane by `turn` [B] full turns, as a matrix on RGB [B, 3, 3]."""
+    """Rotation of the chrominance plane by `turn` [B] full turns, as a matrix on RGB [B, 3, 3]; > 0: red to yellow."""
     to_yiq = torch.tensor([GRAY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], device=turn.device)
     cos, sin = torch.cos(2 * math.pi * turn), torch.sin(2 * math.pi * turn)
     zero, one = torch.zeros_like(turn), torch.ones_like(turn)
-    rotation = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], -1).view(-1, 3, 3)
+    rotation = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], -1).view(-1, 3, 3)
     return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pretrain import checkpoint, optim, schedules
+from pretrain import checkpoint, optim, processes, schedules
 from pretrain.backbone import Backbone, timm_arguments
 from pretrain.batch import Batch
 from pretrain.centering import Centering, teacher_targets
@@ -82,16 +82,16 @@ def build_batches(
 
 def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: ShardReader) -> None:
     """Build the parts, then the loop, which is the method."""
-    batch_size, processes = config.loader.batch, accelerator.num_processes
-    steps_per_epoch, micro_size = len(reader) / batch_size, micro_batch(config.loader, processes)
+    batch_size, world = config.loader.batch, accelerator.num_processes
+    steps_per_epoch, micro_size = len(reader) / batch_size, micro_batch(config.loader, world)
     steps = max(1, int(config.schedules.epochs * steps_per_epoch))
     modules = build_modules(config, accelerator.device)
     parts = {config.backbone.name: modules["student"].backbone, "head": modules["student"].head}
     peak = schedules.peak_lr(config.schedules, batch_size)
-    accelerator.print(describe(parts, len(reader), batch_size, steps, (processes, micro_size), peak))
+    accelerator.print(describe(parts, len(reader), batch_size, steps, (world, micro_size), peak))
     if config.dry_run:
         return
-    folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=FREE_KEYS)
+    folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=FREE_KEYS, facts={"processes": world})
     accelerator.init_trackers("tensorboard")
     plain = optim.build_optimizer(modules["student"], config.optim)
     states = checkpoint.states(out / "checkpoints")
@@ -103,7 +103,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     facts = {"normalize": {"mean": config.photometric.mean, "std": config.photometric.std}, "seed": config.seed}
     meter = Meter(steps * batch_size, "pretrain", start=first * batch_size, silent=not accelerator.is_main_process)
     journal = Journal(folder, accelerator, meter, config.log_every, batch_size)
-    accumulation = batch_size // processes // micro_size
+    accumulation = batch_size // world // micro_size
     with meter:
         for step in range(first, steps):
             now = schedules.at(step, steps, steps_per_epoch, batch_size, config.schedules)
@@ -135,7 +135,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
 def main() -> None:
     """Entry point."""
     config, out = arguments()
-    accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard", project_dir=str(out))
+    accelerator = processes.start(config.precision, log_with="tensorboard", project_dir=str(out))
     check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
     paths = config.loader.shards
     ensure_sets(paths, config.loader.draw, accelerator.is_main_process, accelerator.wait_for_everyone)

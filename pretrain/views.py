@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recipes.load import Section
 
@@ -27,6 +27,17 @@ class ViewsConfig(Section):
     ratio: Range = (0.375, 0.6667)  # width / height of a crop, before resizing
     local_ratio: Range | None = None  # None: as `ratio`
     flip: float = Field(0.5, ge=0, le=1)  # probability
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "ViewsConfig":
+        for name in ("global_scale", "local_scale", "ratio", "local_ratio"):
+            low, high = getattr(self, name) or (1, 1)
+            if not 0 < low <= high or (name.endswith("scale") and high > 1):
+                top = " <= 1" if name.endswith("scale") else ""
+                raise ValueError(f"{name} must be 0 < low <= high{top}, not {(low, high)}")
+        if min(*self.global_size, *self.local_size) < 1:
+            raise ValueError(f"sizes must be positive, not {self.global_size} and {self.local_size}")
+        return self
 
 
 def crop_box(
@@ -54,8 +65,9 @@ def crop_box(
 def crop(image: Image.Image, box: tuple[int, int, int, int], size: Size, flip: bool) -> np.ndarray:
     """Cut `box` out, resize bicubically, flip left-right: uint8 [height, width, 3]."""
     left, top, w, h = box
-    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-    pixels = np.asarray(resized)
+    # resize(box=...) would let pixels outside the box into the border
+    part = image.crop((left, top, left + w, top + h))
+    pixels = np.asarray(part.resize((size[1], size[0]), Image.Resampling.BICUBIC))
     return pixels[:, ::-1] if flip else pixels
 
 

@@ -44,6 +44,16 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|fa
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER, re.IGNORECASE), list("-+0123456789."))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that this reader, or plain YAML 1.1, would take for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass, builds no objects
@@ -131,4 +141,4 @@ def load(model: type[S], path: Path | str, overrides: list[str] | tuple[str, ...
 
 def dump(config: Section) -> str:
     """The resolved recipe as YAML: every key, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

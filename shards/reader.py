@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from recipes.errors import UserError
 from shards import index
-from shards.schema import FORMAT_VERSION, MANIFEST, Manifest, Sample, index_name
+from shards.schema import FORMAT_VERSION, MANIFEST, SPLITS, Manifest, Sample, index_name
 
 OPEN_FILES = 64  # shards held open at a time by one process
 
@@ -43,6 +43,9 @@ class ShardReader:
 
     def __init__(self, paths: Sequence[Path | str], splits: Sequence[str] | str):
         splits = [splits] if isinstance(splits, str) else list(splits)
+        for split in splits:
+            if split not in SPLITS:
+                raise UserError(f"{split!r} is no split; known are {', '.join(SPLITS)}")
         self.tars: list[Path] = []
         sizes: list[int] = []
         parts: list[tuple[np.ndarray, int]] = []  # rows of an index, number of its first tar

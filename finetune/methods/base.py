@@ -48,7 +48,7 @@ class Method(nn.Module, abc.ABC):
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Named, already weighted losses; the loop sums them."""
 
-    def end_step(self) -> None:  # noqa: B027 - most methods have nothing to do here
+    def end_step(self) -> None:
         """After the optimiser step: momentum encoder, queue, memory."""
 
     @abc.abstractmethod

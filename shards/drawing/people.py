@@ -5,6 +5,7 @@ An identity is a pure function of (seed, pid, similar), so it looks the same und
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -115,73 +116,94 @@ class _Wardrobe:
         return name, _tone(self.g, COLOURS[name])
 
 
+def _pick(g: np.random.Generator, options: tuple[str, ...], share: tuple[float, ...]) -> str:
+    return options[int(g.choice(len(options), p=share))]
+
+
 @lru_cache(maxsize=4096)
 def person(seed: int, pid: int, similar: float) -> Person:
     """The identity pid (>= 0). similar in [0, 1]: how much the colours are shared with the identities around it."""
     g = generator(seed, "figures person", pid)
     wear = _Wardrobe(seed, pid, similar, g)
-
-    def pick(options: tuple[str, ...], share: tuple[float, ...]) -> str:
-        return options[int(g.choice(len(options), p=share))]
-
     woman = bool(g.random() < 0.5)
-    hair = pick(
+    clothes = _dress(woman, wear, g)
+    return Person(woman=woman, **_body(woman, g), **clothes, **_extras(woman, clothes, wear, g))
+
+
+def _body(woman: bool, g: np.random.Generator) -> dict[str, Any]:
+    """Build, skin, hair and face."""
+    hair = _pick(
+        g,
         ("bald", "short", "long", "ponytail", "bun", "curly"),
         (0.0, 0.15, 0.45, 0.2, 0.1, 0.1) if woman else (0.12, 0.7, 0.05, 0.03, 0.0, 0.1),
     )
-    hair_name = pick(tuple(_HAIR), _HAIR_SHARE)
+    hair_name = _pick(g, tuple(_HAIR), _HAIR_SHARE)
+    return {
+        "width": float(np.clip(g.normal(0.96 if woman else 1.03, 0.1), 0.82, 1.28)),
+        "stature": float(np.clip(g.normal(0.97 if woman else 1.02, 0.035), 0.88, 1.08)),
+        "skin": _tone(g, _SKIN[int(g.integers(len(_SKIN)))], 4.0),
+        "hair": hair,
+        "hair_name": hair_name,
+        "hair_colour": _tone(g, _HAIR[hair_name], 5.0),
+        "beard": not woman and bool(g.random() < 0.25),
+        "glasses": bool(g.random() < 0.2),
+    }
+
+
+def _dress(woman: bool, wear: _Wardrobe, g: np.random.Generator) -> dict[str, Any]:
+    """Clothes and shoes with their colours and patterns."""
     tops = ("shirt", "T-shirt", "sweater", "hoodie", "jacket", "coat", "dress")
-    top = pick(tops, (0.14, 0.2, 0.14, 0.1, 0.18, 0.09, 0.15) if woman else (0.18, 0.24, 0.16, 0.13, 0.2, 0.09, 0.0))
-    pattern = pick(PATTERNS, (0.3, 0.22, 0.12, 0.14, 0.1, 0.12))
+    share = (0.14, 0.2, 0.14, 0.1, 0.18, 0.09, 0.15) if woman else (0.18, 0.24, 0.16, 0.13, 0.2, 0.09, 0.0)
+    top = _pick(g, tops, share)
+    pattern = _pick(g, PATTERNS, (0.3, 0.22, 0.12, 0.14, 0.1, 0.12))
     open_front = top in ("jacket", "coat") and bool(g.random() < 0.6)
     if open_front or (top in ("jacket", "coat") and pattern == "printed"):
         pattern = "plain"
+    bottom = _pick(g, ("trousers", "shorts", "skirt"), (0.62, 0.14, 0.24) if woman else (0.78, 0.22, 0.0))
+    bottom = "dress" if top == "dress" else "trousers" if top == "coat" else bottom
     top_name, top_colour = wear()
     second_name, second_colour = wear(avoid=top_name)
-    bottom = pick(("trousers", "shorts", "skirt"), (0.62, 0.14, 0.24) if woman else (0.78, 0.22, 0.0))
-    bottom = "dress" if top == "dress" else "trousers" if top == "coat" else bottom
     bottom_name, bottom_colour = wear(_LOWER)
     shoe_name, shoe_colour = wear(_SHOES)
+    return {
+        "top": top,
+        "top_name": top_name,
+        "top_colour": top_colour,
+        "second_name": second_name,
+        "second_colour": second_colour,
+        "pattern": pattern,
+        "period": float(g.uniform(0.04, 0.085)),
+        "long_sleeves": top not in ("T-shirt", "dress") or (top == "dress" and bool(g.random() < 0.4)),
+        "open_front": open_front,
+        "bottom": bottom,
+        "bottom_name": bottom_name,
+        "bottom_colour": bottom_colour,
+        "side_stripe": bottom == "trousers" and bool(g.random() < 0.12),
+        "shoe_name": shoe_name,
+        "shoe_colour": shoe_colour,
+        "boots": bool(g.random() < (0.3 if woman else 0.12)),
+    }
+
+
+def _extras(woman: bool, clothes: dict[str, Any], wear: _Wardrobe, g: np.random.Generator) -> dict[str, Any]:
+    """Bag and hat; a hood belongs to the top."""
     bags = ("", "backpack", "shoulder bag", "handbag")
-    bag = pick(bags, (0.34, 0.3, 0.2, 0.16) if woman else (0.42, 0.36, 0.17, 0.05))
+    bag = _pick(g, bags, (0.34, 0.3, 0.2, 0.16) if woman else (0.42, 0.36, 0.17, 0.05))
     bag_name, bag_colour = wear()
-    hat = pick(("", "cap", "beanie", "hood"), (0.74, 0.12, 0.09, 0.05) if woman else (0.64, 0.2, 0.1, 0.06))
-    hat = "" if hat == "hood" and top not in ("hoodie", "jacket", "coat") else hat
-    hat_name, hat_colour = (top_name, top_colour) if hat == "hood" else wear()
-    return Person(
-        woman=woman,
-        width=float(np.clip(g.normal(0.96 if woman else 1.03, 0.1), 0.82, 1.28)),
-        stature=float(np.clip(g.normal(0.97 if woman else 1.02, 0.035), 0.88, 1.08)),
-        skin=_tone(g, _SKIN[int(g.integers(len(_SKIN)))], 4.0),
-        hair=hair,
-        hair_name=hair_name,
-        hair_colour=_tone(g, _HAIR[hair_name], 5.0),
-        beard=not woman and bool(g.random() < 0.25),
-        glasses=bool(g.random() < 0.2),
-        top=top,
-        top_name=top_name,
-        top_colour=top_colour,
-        second_name=second_name,
-        second_colour=second_colour,
-        pattern=pattern,
-        period=float(g.uniform(0.04, 0.085)),
-        long_sleeves=top not in ("T-shirt", "dress") or (top == "dress" and bool(g.random() < 0.4)),
-        open_front=open_front,
-        bottom=bottom,
-        bottom_name=bottom_name,
-        bottom_colour=bottom_colour,
-        side_stripe=bottom == "trousers" and bool(g.random() < 0.12),
-        shoe_name=shoe_name,
-        shoe_colour=shoe_colour,
-        boots=bool(g.random() < (0.3 if woman else 0.12)),
-        bag=bag,
-        bag_name=bag_name,
-        bag_colour=bag_colour,
-        left=bool(g.random() < 0.5),
-        hat=hat,
-        hat_name=hat_name,
-        hat_colour=hat_colour,
-    )
+    hats = ("", "cap", "beanie", "hood")
+    hat = _pick(g, hats, (0.74, 0.12, 0.09, 0.05) if woman else (0.64, 0.2, 0.1, 0.06))
+    if hat == "hood" and clothes["top"] not in ("hoodie", "jacket", "coat"):
+        hat = ""
+    hat_name, hat_colour = (clothes["top_name"], clothes["top_colour"]) if hat == "hood" else wear()
+    return {
+        "bag": bag,
+        "bag_name": bag_name,
+        "bag_colour": bag_colour,
+        "left": bool(g.random() < 0.5),
+        "hat": hat,
+        "hat_name": hat_name,
+        "hat_colour": hat_colour,
+    }
 
 
 def _article(phrase: str) -> str:

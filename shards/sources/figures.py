@@ -16,10 +16,11 @@ from pydantic import Field
 
 from recipes.errors import UserError
 from recipes.load import Section
-from shards.drawing.body import draw_person, sample_pose
+from shards.drawing.body import draw_person
 from shards.drawing.cameras import Camera, camera, encode, expose
 from shards.drawing.canvas import Canvas, View
 from shards.drawing.people import person, sentence
+from shards.drawing.pose import sample_pose
 from shards.drawing.scenes import ground_shadow, occluder, over, plain, scenic
 from shards.schema import Record
 from shards.seeds import generator
