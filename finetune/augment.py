@@ -35,6 +35,8 @@ class AugmentConfig(Section):
             raise ValueError(f"erase_area must be 0 < low <= high <= 1, not {self.erase_area}")
         if not 0 < self.erase_aspect[0] <= self.erase_aspect[1]:
             raise ValueError(f"erase_aspect must be 0 < low <= high, not {self.erase_aspect}")
+        if self.pad >= min(self.height, self.width):
+            raise ValueError(f"pad = {self.pad} must be below height and width, {self.height} x {self.width}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be > 0, not {self.std}")
         return self

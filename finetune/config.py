@@ -19,7 +19,7 @@ class FinetuneConfig(Section):
     seed: int = Field(0, ge=0)
     precision: Literal["no", "bf16"] = "bf16"  # of the backbone; distances and losses are float32
     log_every: int = Field(10, ge=1)  # steps
-    method: dict[str, Any] = {"name": "bot"}  # `name`: a file in finetune/methods; the rest are that method's own keys
+    method: dict[str, Any] = Field({"name": "bot"})  # `name`: a file in finetune/methods; then its own keys
     benchmark: BenchmarkConfig
     identities: IdentitiesConfig = IdentitiesConfig()
     sampling: SamplingConfig = SamplingConfig()

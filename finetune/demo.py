@@ -1,4 +1,4 @@
-"""The whole chain on drawn people, on a CPU: pretrain without labels, fine-tune from random weights and from the teacher.
+"""The whole chain on drawn people, on a CPU: pretrain without labels, fine-tune from random weights and the teacher.
 
     python finetune/demo.py                  about 8 minutes on 2 cores; results in runs/demo
     python finetune/demo.py --seed 1 --out runs/demo1

@@ -16,7 +16,7 @@ from finetune import benchmark, features, models
 from finetune.augment import Augment
 from finetune.config import FinetuneConfig
 from pretrain import processes
-from recipes.errors import plain_errors
+from recipes.errors import UserError, plain_errors
 from recipes.load import load, recipe_path
 from shards.on_demand import ensure_sets
 
@@ -28,9 +28,11 @@ def main() -> None:
     parser.add_argument("--recipe", default=str(recipe_path("finetune/figures.yaml")), help="YAML; default: figures")
     parser.add_argument("--out", type=Path, help="folder for the results; default: runs/eval-<ckpt>")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # an override may stand before and after an option
     config = load(FinetuneConfig, given.recipe, given.overrides)
     out = given.out or Path("runs") / f"eval-{Path(given.ckpt).name}"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; results go into a folder")
     accelerator = processes.start(config.precision)
     ensure_sets([config.benchmark.shards], config.benchmark.draw, True, accelerator.wait_for_everyone)
     if given.ckpt == "histogram":

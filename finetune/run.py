@@ -76,7 +76,7 @@ def train(config: FinetuneConfig, method: Method, identities: Identities, folder
             method.train()
             for number, batch in enumerate(loader):
                 moment = epoch + number / len(batches)
-                rate = [optim.set_rate(optimiser, moment, config.optim) for optimiser in optimisers][0]
+                rates = [optim.set_rate(optimiser, moment, config.optim) for optimiser in optimisers]
                 on_device = ImageBatch(*(part.to(acc.device) for part in (batch.images, batch.labels, batch.drops)))
                 with acc.autocast():
                     losses = wrapped(on_device)
@@ -88,7 +88,7 @@ def train(config: FinetuneConfig, method: Method, identities: Identities, folder
                 method.end_step()
                 note = ""
                 if step % config.log_every == 0:
-                    note = record(folder, acc, step, epoch, {"loss": loss, **losses}, rate)
+                    note = record(folder, acc, step, epoch, {"loss": loss, **losses}, rates[0])
                 meter.advance(batches.shape[1], note)
                 step += 1
 

@@ -66,7 +66,16 @@ class SampleDropPath(nn.Module):
 
 
 def timm_arguments(config: BackboneConfig, image_size: tuple[int, int]) -> dict[str, Any]:
-    """What to give `timm.create_model` so that the exported weights load: name and keyword arguments."""
+    """What to give `timm.create_model` so that the exported weights load: name and keyword arguments.
+
+    image_size: height, width in pixels. Raises UserError when patches do not tile it.
+    """
+    if any(side % config.patch_size for side in image_size):
+        height, width = image_size
+        raise UserError(
+            f"images of {height} x {width} pixels cannot be cut into patches of backbone.patch_size = "
+            f"{config.patch_size}; make height and width multiples of it"
+        )
     given = {k: getattr(config, k) for k in ("embed_dim", "depth", "num_heads") if getattr(config, k) is not None}
     size = {"img_size": list(image_size), "patch_size": config.patch_size, "dynamic_img_size": True}
     return {"model_name": config.name, "num_classes": 0, **size, **given}

@@ -71,7 +71,9 @@ def collate(samples: list[Views]) -> Batch:
         mask_weights=weights[flat],
         **{
             name: stack(name)
-            for name in ("global_crops", "local_crops", "boxes", "global_photometric", "local_photometric")
-            + ("global_drops", "local_drops")
+            for name in (
+                *("global_crops", "local_crops", "boxes", "global_photometric", "local_photometric"),
+                *("global_drops", "local_drops"),
+            )
         },
     )

@@ -161,7 +161,10 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "as pretrain/run.py writes to OUT/teacher and finetune/run.py to OUT/model"
         )
     try:
-        return load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+        tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no JSON object")
+        return tensors, config
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error
 

@@ -1,5 +1,7 @@
 """The projection head of iBOT (arXiv 2111.07832): one MLP for CLS and patch tokens, then prototypes."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -47,7 +49,7 @@ class Head(nn.Module):
         super().__init__()
         widths = [dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim]
         parts: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in pairwise(widths):
             parts += [nn.Linear(fan_in, fan_out), nn.GELU()]
         self.mlp = nn.Sequential(*parts[:-1])
         init_linear(self.mlp, config.init)

@@ -23,7 +23,7 @@ from shards.seeds import generator
 class LoaderConfig(Section):
     """Which images, and how many at a time."""
 
-    shards: tuple[Path, ...]  # folders made by shards/build.py
+    shards: tuple[Path, ...] = Field(min_length=1)  # folders made by shards/build.py
     splits: tuple[str, ...] = ("unlabeled",)  # of each set; never a test split
     draw: Path | None = None  # recipe under recipes/shards that makes a missing set on first use
     batch: int = Field(1024, ge=1)  # global: images an optimiser step, over all processes

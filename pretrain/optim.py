@@ -1,6 +1,6 @@
 """AdamW in two groups, gradient clipping, frozen prototypes."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from recipes.load import Section
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimConfig(Section):
     """AdamW; its rate and decay come from schedules.py."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     clip: float | None = Field(3.0, gt=0)  # longest gradient; None = no clipping
     clip_by: Literal["parameter", "global"] = "parameter"  # DINO clips each tensor by itself

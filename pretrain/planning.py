@@ -16,5 +16,6 @@ def describe(
     return (
         f"parameters: {sizes}\n"
         f"{images:,} images, {steps:,} steps of {batch} = {steps * batch / images:.2f} epochs; "
-        f"{processes} process(es) x {batch // processes // micro} micro-batch(es) x {micro} images; peak learning rate {lr:.2e}"
+        f"{processes} process(es) x {batch // processes // micro} micro-batch(es) x {micro} images; "
+        f"peak learning rate {lr:.2e}"
     )

@@ -15,5 +15,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # torch's DataLoader puts the traceback of the worker, which ends with "...UserError: ", before the sentence
+        sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)

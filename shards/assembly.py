@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from recipes.errors import UserError
 from recipes.load import Section, validate
 from shards import sources
@@ -12,6 +14,15 @@ from shards.images import ImagesConfig
 from shards.packing import PackingConfig
 from shards.schema import Manifest, Record
 from shards.writer import pack
+
+
+class BuildConfig(Section):
+    """Sections of `recipes/shards/*.yaml`."""
+
+    sources: list[dict[str, Any]] = Field(default_factory=list)  # mappings: `name` (a file in shards/sources), its keys
+    source: dict[str, Any] = Field(default_factory=dict)  # keys for every source that has them
+    packing: PackingConfig = PackingConfig()
+    images: ImagesConfig = ImagesConfig()
 
 
 def _configure(wanted: list[dict[str, Any]], shared: dict[str, Any]) -> list[tuple[str, Section]]:

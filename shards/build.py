@@ -9,8 +9,7 @@ from pathlib import Path
 
 from recipes.errors import UserError, plain_errors
 from recipes.load import load, recipe_path
-from shards.assembly import build_set
-from shards.config import BuildConfig
+from shards.assembly import BuildConfig, build_set
 from shards.schema import Manifest
 
 EXAMPLES = """

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recipes.load import load
-from shards.assembly import build_set
-from shards.config import BuildConfig
+from shards.assembly import BuildConfig, build_set
 from shards.reader import read_manifest
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,13 +48,14 @@ def drawn(base: Path, figures: dict[str, Any]) -> Path:
     return folder
 
 
-def arguments(script: str, out: Path, data: Path, *more: str) -> list[str]:
-    """The command line of a training on `data` after the interpreter; `more` overrides what is set here."""
+def arguments(script: str, out: Path, data: Path, *more: str, ckpt: Path | str | None = None) -> list[str]:
+    """The command line of an entry script on the set `data`; the overrides `more` come after those of this file."""
     if script.startswith("pretrain"):
-        given = ["--recipe", "recipes/pretrain/smoke.yaml", f"loader.shards=[{data}]", *PRETRAIN]
+        recipe, given = "recipes/pretrain/smoke.yaml", [f"loader.shards=[{data}]", *PRETRAIN]
     else:
-        given = ["--recipe", "recipes/finetune/figures.yaml", f"benchmark.shards={data}", *FINETUNE]
-    return [str(ROOT / script), "--out", str(out), *given, *more]
+        recipe, given = "recipes/finetune/figures.yaml", [f"benchmark.shards={data}", *FINETUNE]
+    start_from = [] if ckpt is None else ["--ckpt", str(ckpt)]
+    return [str(ROOT / script), "--recipe", recipe, "--out", str(out), *start_from, *given, *more]
 
 
 def run(command: list[str]) -> int:
@@ -75,6 +77,13 @@ def run(command: list[str]) -> int:
 def environment(**more: str) -> dict[str, str]:
     """Variables for a process of its own: one thread, as in `make test`."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def free_port() -> str:
+    """A port for processes to meet at."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
 
 
 def start(command: list[str], **variables: str) -> subprocess.Popen:

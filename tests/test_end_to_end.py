@@ -33,14 +33,14 @@ def chain(tmp_path_factory):
         assert small.run([str(small.ROOT / "shards/build.py"), "figures", *out, *size, *keys]) == 0
     pretraining = small.arguments("pretrain/run.py", base / "pretrain", base / "crops", "schedules.epochs=3")
     assert small.run([*pretraining, "checkpoint.teacher_every_epochs=1"]) == 0
-    ckpt = ["--ckpt", str(base / "pretrain" / "teacher")]
-    assert small.run([*small.arguments("finetune/run.py", base / "finetune", base / "people"), *ckpt]) == 0
+    given = base / "finetune", base / "people"
+    assert small.run(small.arguments("finetune/run.py", *given, ckpt=base / "pretrain" / "teacher")) == 0
     return base
 
 
 def evaluate(chain, ckpt, name: str) -> dict:
     """results.json of finetune/eval.py."""
-    command = small.arguments("finetune/eval.py", chain / name, chain / "people", "--ckpt", str(ckpt))
+    command = small.arguments("finetune/eval.py", chain / name, chain / "people", ckpt=ckpt)
     assert small.run(command) == 0
     return small.json_of(chain / name / "results.json")
 

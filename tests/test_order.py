@@ -1,4 +1,4 @@
-"""The order of an epoch: an exact permutation, the same for any number of processes, local in the shards, well mixed."""
+"""The order of an epoch: a permutation, the same for any number of processes, local in the shards, well mixed."""
 
 import itertools
 import pickle
@@ -59,11 +59,24 @@ def test_epochs_and_seeds_differ():
         assert sum(a == b for a, b in zip(one, other, strict=True)) < 20
 
 
-def test_the_first_places_of_an_epoch_are_spread_over_the_whole_set():
-    # were lanes or shards not shuffled, the row at position 0 would come from few places only
-    firsts = [rows_of([10] * 8, epoch=epoch, lanes=4, window=5)[0] for epoch in range(400)]
+@pytest.mark.parametrize("sizes, lanes", [([10] * 8, 1), ([80], 8)])
+def test_the_first_place_of_an_epoch_moves_over_the_whole_set(sizes, lanes):
+    # with one lane this needs shuffled shards, with one shard shuffled lanes
+    firsts = [rows_of(sizes, epoch=epoch, lanes=lanes, window=5)[0] for epoch in range(400)]
     counts = np.bincount(np.array(firsts) // 10, minlength=8)
     assert counts.min() > 25  # 50 expected, standard deviation 6.6
+
+
+def test_windows_are_shuffled_differently():
+    # 4 lanes of 3 windows of 20 rows in one shard, over two epochs
+    inside = set()
+    for epoch in range(2):
+        rows = np.array(rows_of([240], epoch=epoch, lanes=4, window=20))
+        for lane in range(4):
+            for window in rows[lane::4].reshape(3, 20):
+                assert sorted(window - window.min()) == list(range(20)), "a window is a piece of its lane"
+                inside.add(tuple(window - window.min()))
+    assert len(inside) == 24
 
 
 def test_a_copy_in_another_process_gives_the_same():
@@ -157,7 +170,7 @@ def test_processes_that_do_not_divide_are_told_the_nearest_number():
         "7 processes do not divide the global batch loader.batch=1024 and order.lanes=192; "
         "the nearest number of processes that does is 8"
     )
-    with pytest.raises(UserError, match="nearest number of processes that does is 2$"):
+    with pytest.raises(UserError, match=r"nearest number of processes that does is 2$"):
         check_ranks(3, 1024, 192)  # divides the lanes only
-    with pytest.raises(UserError, match="nearest number of processes that does is 64$"):
+    with pytest.raises(UserError, match=r"nearest number of processes that does is 64$"):
         check_ranks(128, 1024, 192)  # divides the batch only

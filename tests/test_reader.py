@@ -128,7 +128,9 @@ def test_a_folder_of_images_is_no_set(tmp_path):
 def test_a_split_that_is_not_there(small_set):
     with pytest.raises(UserError) as caught:
         ShardReader([small_set], ["unlabeled"])
-    assert str(caught.value) == f"shard set {small_set} holds none of the splits unlabeled; it has train, query, gallery"
+    assert (
+        str(caught.value) == f"shard set {small_set} holds none of the splits unlabeled; it has train, query, gallery"
+    )
 
 
 def test_a_misspelt_split_is_not_passed_over(small_set):
@@ -194,6 +196,8 @@ def test_forked_processes_read_at_the_same_time(small_set):
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     children = [context.Process(target=_read_all, args=(own, answers)) for _ in range(3)]
+    assert own.files
+    assert [os.lseek(file, 0, os.SEEK_CUR) for file in own.files.values()] == [0] * len(own.files)
     for child in children:
         child.start()
     assert [own[row].image for _ in range(5) for row in range(53)] == expected * 5

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from recipes.load import dump, load, recipe_path
 
 FOLDERS = {
-    "shards": ("shards.config", "BuildConfig"),
+    "shards": ("shards.assembly", "BuildConfig"),
     "pretrain": ("pretrain.config", "PretrainConfig"),
     "finetune": ("finetune.config", "FinetuneConfig"),
 }

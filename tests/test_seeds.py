@@ -44,7 +44,9 @@ def test_what_was_drawn_before_does_not_matter():
 
 
 def test_every_argument_counts_and_streams_are_independent():
-    streams = [(s, p, e, n, v) for s in (0, 1) for p in ("views", "masks") for e in (0, 1) for n in (0, 1) for v in (0, 1)]
+    streams = [
+        (s, p, e, n, v) for s in (0, 1) for p in ("views", "masks") for e in (0, 1) for n in (0, 1) for v in (0, 1)
+    ]
     drawn = np.stack([generator(*stream).random(4000) for stream in streams])
     assert len(np.unique(drawn)) == drawn.size
     # the correlation of two independent streams of 4000 has standard deviation 0.016; 496 pairs stay below 5 of these

@@ -1,7 +1,6 @@
 """Two processes that really are two (gloo, on the CPU) see the same samples and learn the same as one."""
 
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +26,9 @@ LAUNCHERS = {
 PORTS = {"accelerate": "--main_process_port", "torchrun": "--master_port"}
 
 
-def free_port() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
-
-
 def launch(launcher: str, command: list[str]) -> str:
     """Run an entry script by a launcher as two processes; returns what they print."""
-    prefix = [sys.executable, "-m", *LAUNCHERS[launcher], PORTS[launcher], free_port()]
+    prefix = [sys.executable, "-m", *LAUNCHERS[launcher], PORTS[launcher], small.free_port()]
     environment = small.environment(ACCELERATE_USE_CPU="true")
     done = subprocess.run([*prefix, *command], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -122,10 +115,10 @@ def people(tmp_path_factory) -> Path:
 
 
 def test_a_fine_tune_by_two_processes(people, tmp_path):
-    printed = launch("torchrun", [*small.arguments("finetune/run.py", tmp_path / "two", people), "--ckpt", "none"])
+    printed = launch("torchrun", small.arguments("finetune/run.py", tmp_path / "two", people, ckpt="none"))
     assert small.json_of(tmp_path / "two" / "environment.json")["processes"] == 2
     assert printed.count("mAP") == 1, "only the main process evaluates and prints"
-    assert small.run([*small.arguments("finetune/run.py", tmp_path / "one", people), "--ckpt", "none"]) == 0
+    assert small.run(small.arguments("finetune/run.py", tmp_path / "one", people, ckpt="none")) == 0
     ours, theirs = small.metrics(tmp_path / "two"), small.metrics(tmp_path / "one")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     # the triplets are mined among the images of one process, so only the identity term is the same

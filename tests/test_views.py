@@ -54,8 +54,8 @@ def test_boxes_lie_inside_and_keep_scale_and_ratio(width, height):
     rng = generator(1, "test/views")
     for _ in range(2000):
         left, top, w, h = crop_box(rng, width, height, LOCAL, PERSON)
-        assert 0 <= left
-        assert 0 <= top
+        assert left >= 0
+        assert top >= 0
         assert 1 <= w <= width - left
         assert 1 <= h <= height - top
         # rounding to pixels moves a side by half a pixel at most

@@ -20,11 +20,15 @@ _WALLS: tuple[Colour, ...] = (
 _FLOORS: tuple[Colour, ...] = ((126, 124, 120), (92, 92, 96), (162, 154, 142), (140, 116, 96), (176, 176, 174))
 
 
-def plain(width: int, height: int, g: np.random.Generator) -> np.ndarray:
-    """A smooth gradient with a faint floor, different in every image: float32 [height, width, 3] in [0, 255]."""
+def plain(width: int, height: int, difference: float, g: np.random.Generator) -> np.ndarray:
+    """A smooth gradient with a faint floor: float32 [height, width, 3] in [0, 255].
+
+    difference: how much it changes from image to image, 0 (one even grey) to 1.
+    """
     base = g.uniform(45, 190) + g.normal(0, 8, 3)
     corners = base + g.normal(0, 22, (3, 2, 1)) + g.normal(0, 6, (3, 2, 3))
     corners[2] += g.normal(0, 26)  # the floor
+    corners = 120 + difference * (corners - 120)
     small = Image.fromarray(np.clip(corners, 0, 255).astype(np.uint8))
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
 

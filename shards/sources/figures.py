@@ -40,6 +40,7 @@ class Config(Section):
     height: int = Field(256, ge=16, le=2048)  # pixels
     width: int = Field(128, ge=8, le=2048)  # pixels
     background: Literal["plain", "scenic"] = "plain"  # a gradient per image, or a street per camera
+    backdrop: float = Field(1.0, ge=0, le=1)  # how much the plain background changes from image to image; 0 = one grey
     camera_strength: float = Field(0.5, ge=0, le=1)  # 0 all cameras alike, 1 very different
     variation: float = Field(1.0, ge=0, le=2)  # light, cast, sharpness and place in the box, from image to image
     similar: float = Field(0.5, ge=0, le=1)  # how much identities share the colours of their clothes
@@ -127,7 +128,7 @@ def render(config: Config, pid: int, camid: int, shot: int) -> Image.Image:
     canvas = Canvas(w, h)
     canvas.aim(view)
     draw_person(canvas, person(config.seed, pid, config.similar), sample_pose(g))
-    back = plain(w, h, g) if config.background == "plain" else scenic(config.seed, camid, w, h, g)
+    back = plain(w, h, config.backdrop, g) if config.background == "plain" else scenic(config.seed, camid, w, h, g)
     back = back * ground_shadow(w, h, view.x, view.y, view.scale, -view.light * g.uniform(0, 1))[..., None]
     if g.random() < config.occluders:
         _occluder(canvas, config, pid, view, g)
