@@ -92,7 +92,9 @@ def draw(folder: Path, count: int) -> ShardReader:
     return ShardReader([folder], "unlabeled")
 
 
-def measure(reader: ShardReader, files: list[Path], local_count: int, rounds: int) -> tuple[pairs.Pair, list[float]]:
+def measure(
+    reader: ShardReader, files: list[Path], local_count: int, rounds: int
+) -> tuple[pairs.Pair, list[pairs.Seconds]]:
     """The workers in turns, and photometric.apply on the batches of ours; seconds for all images."""
     views, colour = ViewsConfig(local_count=local_count), PhotometricConfig()
     order = Order(reader.shard_sizes, 0, OrderConfig())
@@ -130,10 +132,11 @@ def main() -> None:
         for local_count in (6, 8):
             pair, applied = measure(reader, files, local_count, given.rounds)
             milliseconds = 1000 / given.images
-            extra = statistics.median(applied)
-            whole = statistics.median(pair.textbook) / (statistics.median(pair.ours) + extra)
-            told = {"photometric": round(extra * milliseconds, 4), "with_photometric": round(whole, 3)}
-            cases[f"2+{local_count}"] = pair.numbers(milliseconds) | told
+            numbers = pair.numbers(milliseconds)
+            extra = statistics.median(time.wall for time in applied) * milliseconds
+            whole = numbers["textbook"] / (numbers["ours"] + extra)
+            told = {"photometric": round(extra, 4), "with_photometric": round(whole, 3)}
+            cases[f"2+{local_count}"] = numbers | told
     pairs.report("loader", cases["2+6"], "ms/image", pairs.peak_mb(), 1, **{"2+8": cases["2+8"]})
 
 

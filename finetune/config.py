@@ -16,7 +16,8 @@ from recipes.load import Section
 class FinetuneConfig(Section):
     """One section a part; a section's name is its module's name."""
 
-    seed: int = Field(0, ge=0)
+    ckpt: str = "none"  # what the training starts from; --ckpt sets it
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["no", "bf16"] = "bf16"  # of the backbone; distances and losses are float32
     log_every: int = Field(10, ge=1)  # steps
     method: dict[str, Any] = Field({"name": "bot"})  # `name`: a file in finetune/methods; then its own keys

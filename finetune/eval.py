@@ -34,14 +34,15 @@ def main() -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; results go into a folder")
     accelerator = processes.start(config.precision)
-    ensure_sets([config.benchmark.shards], config.benchmark.draw, True, accelerator.wait_for_everyone)
+    main_process = accelerator.is_main_process
+    ensure_sets([config.benchmark.shards], config.benchmark.draw, main_process, accelerator.wait_for_everyone)
+    if not main_process:
+        return  # one process is enough: the test sets are small against the training
     if given.ckpt == "histogram":
         embed = features.histogram_split
     else:
         model, augment = models.load_embedder(given.ckpt, config.backbone, config.augment, config.seed)
-        embed = features.embedder(
-            model.to(accelerator.device), Augment(augment), accelerator, config.benchmark.workers
-        )
+        embed = features.embedder(model.to(accelerator.device), Augment(augment), accelerator, config.benchmark.workers)
     tables = benchmark.Tables(config.benchmark, embed)
     out.mkdir(parents=True, exist_ok=True)
     tables.save(out / "embeddings")

@@ -10,6 +10,7 @@ OUT/nearest.json (the neighbours of each query) and OUT/strips.png (ranked lists
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +35,22 @@ from shards.reader import ShardReader
 FREE_KEYS = ("benchmark.workers", "log_every")  # they do not change what is computed
 
 
-def arguments() -> tuple[FinetuneConfig, str, Path]:
-    """The resolved recipe, the checkpoint to start from and the run folder."""
+def arguments() -> tuple[FinetuneConfig, Path]:
+    """The resolved recipe and the run folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="a pretraining's folder, or `none` for random weights")
     parser.add_argument("--recipe", default=str(recipe_path("finetune/figures.yaml")), help="YAML; default: figures")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/<recipe>-<ckpt>")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
-    given = parser.parse_args()
-    config = load(FinetuneConfig, given.recipe, given.overrides)
-    return config, given.ckpt, given.out or Path("runs") / f"{Path(given.recipe).stem}-{Path(given.ckpt).name}"
+    given = parser.parse_intermixed_args()  # an override may stand before and after an option
+    config = load(FinetuneConfig, given.recipe, [*given.overrides, f"ckpt={json.dumps(given.ckpt)}"])
+    return config, given.out or Path("runs") / f"{Path(given.recipe).stem}-{Path(given.ckpt).name}"
 
 
-def build_method(config: FinetuneConfig, ckpt: str, identities: Identities) -> Method:
-    """The method on the backbone of `ckpt`; fresh weights are the same on all processes."""
+def build_method(config: FinetuneConfig, identities: Identities) -> Method:
+    """The method on the backbone of config.ckpt; fresh weights are the same on all processes."""
     size = (config.augment.height, config.augment.width)
-    backbone, _ = models.start_backbone(ckpt, config.backbone, size, config.seed)
+    backbone, _ = models.start_backbone(config.ckpt, config.backbone, size, config.seed)
     torch.manual_seed(config.seed)
     settings = dict(config.method)
     name = settings.pop("name", "bot")
@@ -66,9 +67,7 @@ def train(config: FinetuneConfig, method: Method, identities: Identities, folder
     optimisers = [acc.prepare(optim.build_optimizer(part, config.optim)) for part in method.optimisers()]
     wrapped = acc.prepare(method)
     per_identity, step = config.sampling.images_per_identity, 0
-    first = method.epoch(0, identities)
-    shard_batch(first[0], rank, ranks, per_identity)  # refuses a batch that the processes cannot share
-    total = config.optim.epochs * first.size
+    total = config.optim.epochs * method.epoch(0, identities).size
     with Meter(total, "fine-tune", silent=not acc.is_main_process) as meter:
         for epoch in range(config.optim.epochs):
             batches = method.epoch(epoch, identities)
@@ -106,18 +105,22 @@ def record(
 
 def main() -> None:
     """Entry point."""
-    config, ckpt, out = arguments()
+    config, out = arguments()
     acc = processes.start(config.precision)
     ensure_sets([config.benchmark.shards], config.benchmark.draw, acc.is_main_process, acc.wait_for_everyone)
     identities = select_identities(config.identities, ShardReader([config.benchmark.shards], "train").pids)
-    method = build_method(config, ckpt, identities)
-    folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"ckpt": ckpt, "processes": acc.num_processes})
+    method = build_method(config, identities)
+    batch, per_identity = method.epoch(0, identities)[0], config.sampling.images_per_identity
+    shard_batch(batch, acc.process_index, acc.num_processes, per_identity)  # refuses what cannot be shared
+    folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"processes": acc.num_processes})
     folder.rewind(-1)  # a fine-tune starts from its first step
-    acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {ckpt}")
+    if acc.is_main_process:
+        (out / "results.json").unlink(missing_ok=True)  # of an earlier launch
+    acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {config.ckpt}")
     method.to(acc.device)
     train(config, method, identities, folder, acc)
     if acc.is_main_process:
-        facts = {"classes": identities.classes, "ckpt": ckpt}
+        facts = {"classes": identities.classes, "ckpt": config.ckpt}
         models.save(out / "model", method, {"name": "bot", **config.method}, config.augment, facts)
         embed = features.embedder(method, Augment(config.augment), acc, config.benchmark.workers)
         tables = benchmark.Tables(config.benchmark, embed)

@@ -22,7 +22,7 @@ from shards.order import OrderConfig
 class PretrainConfig(Section):
     """One section a part; a section's name is its module's name."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["no", "bf16"] = "bf16"  # of the backbones; heads and losses are float32 (fp16 gives NaN)
     log_every: int = Field(10, ge=1)  # steps
     dry_run: bool = False  # plan, print, stop

@@ -121,4 +121,3 @@ def build_loader(dataset: ViewMaker, batches: MicroBatches, config: LoaderConfig
 def _one_thread(_: int) -> None:
     # a worker only crops and stacks; more threads would fight with the training process
     torch.set_num_threads(1)
-

@@ -1,12 +1,12 @@
 """Colour, blur, solarise, normalise: drawn for each crop on the CPU, applied to the whole batch on the device.
 
-Brightness, contrast, saturation and hue are affine in RGB once the mean of the crop is known, so the four of them, in
-the crop's own order, and the grayscale are folded into one 3x3 matrix and an offset. Against doing them one by one on
+Brightness, contrast, saturation and hue are affine in RGB once the mean of the crop is known, and without clipping in
+between they commute, so all four and the grayscale are one 3x3 matrix and an offset. Against doing them one by one on
 8-bit images this leaves out the rounding and clipping in between, and turns the hue in YIQ, not HSV.
 """
 
-import itertools
 import math
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from recipes.load import Section
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 # places in the photometric numbers of a crop
-BRIGHTNESS, CONTRAST, SATURATION, HUE, TURN, TO_GRAY, SIGMA, SOLARIZE = range(8)
-NUMBERS = 8
-TURNS = torch.tensor(list(itertools.permutations(range(4))))  # [24, 4]: which operation comes 1st, 2nd, ...
+BRIGHTNESS, CONTRAST, SATURATION, HUE, TO_GRAY, SIGMA, SOLARIZE = range(7)
+NUMBERS = 7
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(gt=0)]
 
 
 class PhotometricConfig(Section):
@@ -31,21 +34,20 @@ class PhotometricConfig(Section):
     saturation: float = Field(0.2, ge=0, le=1)
     hue: float = Field(0.1, ge=0, le=0.5)  # share of a full turn, from U(-x, x)
     gray: float = Field(0.2, ge=0, le=1)
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # probability for global view 1, global view 2, local views
+    blur: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)  # probability for global view 1, global view 2, local views
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)  # global 1, global 2, local; threshold 128 of 255
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    solarize: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)  # global 1, global 2, local; threshold 128 of 255
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, in 0..1
+    std: tuple[Spread, Spread, Spread] = (0.229, 0.224, 0.225)  # > 0
 
 
 def draw(rng: np.random.Generator, kind: int, config: PhotometricConfig) -> np.ndarray:
-    """The photometric numbers of one crop, float32 [8]. kind: 0 global view 1, 1 global view 2, 2 local."""
+    """The photometric numbers of one crop, float32 [7]. kind: 0 global view 1, 1 global view 2, 2 local."""
     u = rng.random(9)
-    numbers = np.array([1, 1, 1, 0, 0, 0, 0, 0], dtype=np.float32)
+    numbers = np.array([1, 1, 1, 0, 0, 0, 0], dtype=np.float32)
     if u[0] < config.jitter:
         widths = (config.brightness, config.contrast, config.saturation, config.hue)
         numbers[:4] += (2 * u[1:5] - 1) * widths
-        numbers[TURN] = rng.integers(len(TURNS))
     numbers[TO_GRAY] = u[5] < config.gray
     if u[6] < config.blur[kind]:
         numbers[SIGMA] = config.blur_sigma[0] + u[7] * (config.blur_sigma[1] - config.blur_sigma[0])
@@ -65,27 +67,17 @@ def _hue_matrix(turn: Tensor) -> Tensor:
 def colour_transform(numbers: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Matrix [B, 3, 3] and offset [B, 3] of all colour operations of each crop.
 
-    numbers: [B, 8]. mean: [B, 3] mean colour of each crop in [0, 1]; contrast pulls towards its luma.
+    numbers: [B, 7]. mean: [B, 3] mean colour of each crop in [0, 1]; contrast pulls towards its luma.
     """
     luma = torch.tensor(GRAY, device=mean.device)
     eye = torch.eye(3, device=mean.device)
     to_gray = luma.expand(3, 3)
     scale = numbers[:, :3, None, None]
     saturation = scale[:, SATURATION] * eye + (1 - scale[:, SATURATION]) * to_gray
-    operations = torch.stack(
-        [scale[:, BRIGHTNESS] * eye, scale[:, CONTRAST] * eye, saturation, _hue_matrix(numbers[:, HUE])], dim=1
-    )
-    turns = TURNS.to(mean.device)[numbers[:, TURN].long()]  # [B, 4]
-    batch = torch.arange(len(numbers), device=mean.device)
-    matrix, offset = eye.expand(len(numbers), 3, 3), torch.zeros_like(mean)
-    for place in range(4):
-        operation = turns[:, place]
-        now = operations[batch, operation]
-        current = torch.einsum("bij,bj->bi", matrix, mean) + offset
-        pull = ((1 - numbers[:, CONTRAST]) * (current @ luma) * (operation == CONTRAST))[:, None]
-        matrix, offset = now @ matrix, torch.einsum("bij,bj->bi", now, offset) + pull
-    gray = numbers[:, TO_GRAY, None, None] > 0
-    return torch.where(gray, to_gray @ matrix, matrix), torch.where(gray[:, 0], (offset @ luma)[:, None], offset)
+    matrix = scale[:, BRIGHTNESS] * scale[:, CONTRAST] * saturation @ _hue_matrix(numbers[:, HUE])
+    # saturation and hue keep luma, so the mean luma that contrast pulls towards is that of the brightened crop
+    offset = ((1 - numbers[:, CONTRAST]) * numbers[:, BRIGHTNESS] * (mean @ luma))[:, None].expand(-1, 3)
+    return torch.where(numbers[:, TO_GRAY, None, None] > 0, to_gray @ matrix, matrix), offset
 
 
 def _blur_matrix(size: int, sigma: Tensor) -> Tensor:
@@ -103,7 +95,7 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def apply(crops: Tensor, numbers: Tensor, config: PhotometricConfig) -> Tensor:
-    """uint8 crops [B, H, W, 3] with their numbers [B, 8] -> normalised float32 images [B, 3, H, W]."""
+    """uint8 crops [B, H, W, 3] with their numbers [B, 7] -> normalised float32 images [B, 3, H, W]."""
     images = crops.permute(0, 3, 1, 2).float().div_(255)
     matrix, offset = colour_transform(numbers, images.mean(dim=(2, 3)))
     images = torch.baddbmm(offset[:, :, None], matrix, images.flatten(2)).clamp_(0, 1).view_as(images)

@@ -46,7 +46,7 @@ def arguments() -> tuple[PretrainConfig, Path]:
     parser.add_argument("--recipe", default=str(recipe_path("pretrain/smoke.yaml")), help="YAML file; default: smoke")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/<name of the recipe>")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # an override may stand before and after an option
     config = load(PretrainConfig, given.recipe, given.overrides)
     return config, given.out or Path("runs") / Path(given.recipe).stem
 
@@ -58,6 +58,7 @@ def build_modules(config: PretrainConfig, device: torch.device) -> dict[str, nn.
     """
     torch.manual_seed(config.seed)
     mim = config.losses.patch_weight > 0
+    timm_arguments(config.backbone, config.views.local_size)  # refuses a size that the patches do not tile
     vit = timm_arguments(config.backbone, config.views.global_size)
     backbone = Backbone(vit, masked=mim, drop_path=config.backbone.drop_path)
     backbone.initialise(config.backbone.init)

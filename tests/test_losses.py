@@ -165,3 +165,5 @@ def test_bfloat16_logits_are_lifted_to_float32():
     found = dino_loss(student, targets, 0.1)
     assert found.dtype == torch.float32
     assert found == dino_loss(student.float(), targets, 0.1)
+    patches, weights = student[0], torch.ones(B)
+    assert mim_loss(patches, targets[0], weights, B, 0.1) == mim_loss(patches.float(), targets[0], weights, B, 0.1)

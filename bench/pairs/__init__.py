@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.record import environment
 
@@ -18,11 +18,18 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def seconds(work: Callable[[], Any]) -> float:
+class Seconds(NamedTuple):
     """Time of one call."""
-    start = time.perf_counter()
+
+    wall: float
+    cpu: float  # of all threads of this process; it does not grow when others use the machine
+
+
+def seconds(work: Callable[[], Any]) -> Seconds:
+    """Time one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 class Pair:
@@ -30,8 +37,8 @@ class Pair:
 
     def __init__(self, ours: Callable[[], Any], textbook: Callable[[], Any], rounds: int, warm: bool = True):
         """warm: one call of each before the clock runs."""
-        self.ours: list[float] = []
-        self.textbook: list[float] = []
+        self.ours: list[Seconds] = []
+        self.textbook: list[Seconds] = []
         if warm:
             ours()
         self.peak_mb = peak_mb()  # with warm: of ours, before the textbook way has run
@@ -43,19 +50,19 @@ class Pair:
         if not warm:
             self.peak_mb = peak_mb()
 
-    @property
-    def ratio(self) -> float:
-        """Median textbook time / median time of ours; above 1 ours is faster."""
-        return statistics.median(self.textbook) / statistics.median(self.ours)
-
     def numbers(self, scale: float) -> dict[str, Any]:
-        """Rounded medians, each multiplied by `scale` to the unit of the bench, and the ratio of each round."""
-        each = [theirs / ours for ours, theirs in zip(self.ours, self.textbook, strict=True)]
+        """Medians of wall-clock time, each times `scale` to the unit of the bench, and textbook / ours.
+
+        ratios: of each round. cpu_ratio: of the medians of CPU time, to be read where the machine was shared.
+        """
+        ours, textbook = (statistics.median(t.wall for t in times) for times in (self.ours, self.textbook))
+        cpu = [statistics.median(t.cpu for t in times) for times in (self.ours, self.textbook)]
         return {
-            "ratio": round(self.ratio, 3),
-            "ours": round(statistics.median(self.ours) * scale, 4),
-            "textbook": round(statistics.median(self.textbook) * scale, 4),
-            "ratios": [round(ratio, 3) for ratio in each],
+            "ratio": round(textbook / ours, 3),
+            "ours": round(ours * scale, 4),
+            "textbook": round(textbook * scale, 4),
+            "ratios": [round(b.wall / a.wall, 3) for a, b in zip(self.ours, self.textbook, strict=True)],
+            "cpu_ratio": round(cpu[1] / cpu[0], 3),
         }
 
 
