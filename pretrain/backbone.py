@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
-from einops import rearrange
 from pydantic import Field
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
@@ -140,7 +139,3 @@ class Backbone(nn.Module):
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
         x = vit.norm(vit.blocks(x))
         return Tokens(x[:, 0], x[:, vit.num_prefix_tokens :])
-
-    def patch_map(self, tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens as a map [B, D, rows, columns]."""
-        return rearrange(tokens.patches, "b (r c) d -> b d r c", r=grid[0], c=grid[1])

@@ -102,8 +102,10 @@ def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.opti
         tensors = load_file(state / "tensors.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"checkpoint {state} is damaged ({error}); delete it to go on from the one before") from error
-    if facts["format_version"] != FORMAT_VERSION:
-        raise UserError(f"checkpoint {state} has format {facts['format_version']}, this version reads {FORMAT_VERSION}")
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {state} has format {facts.get('format_version')}, this version reads {FORMAT_VERSION}"
+        )
     for name, module in modules.items():
         module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
     own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}

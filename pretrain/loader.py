@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class LoaderConfig(Section):
     """Which images, and how many at a time."""
 
     shards: tuple[Path, ...] = Field(min_length=1)  # folders made by shards/build.py
-    splits: tuple[str, ...] = ("unlabeled",)  # of each set; never a test split
+    splits: tuple[Literal["unlabeled", "train"], ...] = ("unlabeled",)  # of each set; never a test split
     draw: Path | None = None  # recipe under recipes/shards that makes a missing set on first use
     batch: int = Field(1024, ge=1)  # global: images an optimiser step, over all processes
     batch_per_device: int = Field(128, ge=1)  # at most; the accumulation steps follow

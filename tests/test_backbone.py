@@ -114,12 +114,6 @@ def test_a_backbone_without_mask_embedding_takes_no_mask(make_backbone, images):
         make_backbone(masked=False)(images, torch.ones(3, 8, 4, dtype=torch.bool))
 
 
-def test_patch_map_keeps_rows_and_columns(make_backbone, images):
-    backbone = make_backbone().eval()
-    tokens = backbone(images)
-    assert torch.equal(backbone.patch_map(tokens, (8, 4))[1, :, 5, 2], tokens.patches[1, 5 * 4 + 2])
-
-
 def test_drop_path_drops_below_the_rate_and_scales_the_rest():
     drop = SampleDropPath(0.25)
     branch = torch.ones(4, 2, 3)

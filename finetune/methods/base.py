@@ -59,10 +59,6 @@ class Method(nn.Module, abc.ABC):
         """The modules that get an optimiser each; one for all by default."""
         return [self]
 
-    def rescore(self, query: Tensor, candidates: Tensor) -> Tensor | None:
-        """Second stage after the search: scores [k] of candidate features [k, F] for a query [F]; None = none."""
-        return None
-
 
 class Direct(nn.Module):
     """A backbone as it is, without fine-tuning: the L2-normalised CLS token."""
