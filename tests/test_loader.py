@@ -61,8 +61,8 @@ def test_shapes_and_types(make_views):
         "global_crops": ((2, 64, 32, 3), np.uint8),
         "local_crops": ((3, 32, 16, 3), np.uint8),
         "boxes": ((5, 5), np.int64),
-        "global_photometric": ((2, 8), np.float32),
-        "local_photometric": ((3, 8), np.float32),
+        "global_photometric": ((2, 7), np.float32),
+        "local_photometric": ((3, 7), np.float32),
         "masks": ((2, 8, 4), bool),
         "global_drops": ((2, 4), np.float32),
         "local_drops": ((3, 4), np.float32),
@@ -72,7 +72,7 @@ def test_shapes_and_types(make_views):
 def test_without_local_views(make_views):
     made = make_views(local_count=0)[0]
     assert made.local_crops.shape == (0, 32, 16, 3)
-    assert made.local_photometric.shape == (0, 8)
+    assert made.local_photometric.shape == (0, 7)
     assert made.local_drops.shape == (0, 4)
     assert made.boxes.shape == (2, 5)
 
