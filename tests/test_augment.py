@@ -29,7 +29,7 @@ def bytes_of(view: np.ndarray) -> np.ndarray:
 
 
 def test_normalisation_by_hand():
-    augment = Augment(AugmentConfig(height=8, width=8, mean=(0.5, 0.4, 0.2), std=(0.5, 0.2, 0.1)))
+    augment = Augment(AugmentConfig(height=8, width=8, pad=0, mean=(0.5, 0.4, 0.2), std=(0.5, 0.2, 0.1)))
     view = augment.test_view(Image.new("RGB", (8, 8), (255, 0, 51)))
     assert view.shape == (3, 8, 8)
     assert view.dtype == np.float32
