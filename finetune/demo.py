@@ -107,7 +107,9 @@ def main() -> None:
     given = parser.parse_args()
     out = given.out.resolve()
     if (out / "report.json").exists():
-        raise UserError(f"{given.out} holds the report of a finished demo; delete that folder or choose another --out")
+        show(json.loads((out / "report.json").read_text()))
+        print(f"{given.out} holds this finished demo; delete the folder, or choose another --out, to run it again")
+        return
     seconds = stages(out, given.seed)
     results = {name: json.loads((out / name / "results.json").read_text()) for name in ROWS}
     report = {name: {column: result[column] for column in COLUMNS} for name, result in results.items()}
