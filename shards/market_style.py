@@ -25,7 +25,7 @@ def read_file(path: Path) -> bytes:
 def find_root(path: Path, dataset: str) -> Path:
     """The folder that holds the three sub-folders: `path`, or the one folder directly inside it that does."""
     if not path.is_dir():
-        raise UserError(f"{dataset} folder {path} does not exist")
+        raise UserError(f"{dataset} folder {path} does not exist; it should hold {', '.join(FOLDERS)}")
     missing = [name for name in FOLDERS if not (path / name).is_dir()]
     if not missing:
         return path

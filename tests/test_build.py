@@ -126,7 +126,8 @@ def test_as_a_program(raw):
     assert shown.returncode == 0
     assert "examples:" in shown.stdout
     failed = run("folder:nowhere", "--out", "set")
-    assert (failed.returncode, failed.stderr) == (2, "error: image folder nowhere does not exist\n")
+    sentence = "error: image folder nowhere does not exist; give the folder that holds the crops\n"
+    assert (failed.returncode, failed.stderr) == (2, sentence)
 
 
 def test_from_another_part(raw):

@@ -57,7 +57,7 @@ def records(config: Config) -> Iterator[Record]:
     """One record a file, in the order of the paths."""
     root = config.path
     if not root.is_dir():
-        raise UserError(f"image folder {root} does not exist")
+        raise UserError(f"image folder {root} does not exist; give the folder that holds the crops")
     endings = None if config.suffixes is None else tuple("." + ending.lower().lstrip(".") for ending in config.suffixes)
     taken: set[str] = set()
     for path in _files(root):
@@ -66,4 +66,4 @@ def records(config: Config) -> Iterator[Record]:
             yield Record(_key(path, root, taken), config.split, read, origin=str(path))
     if not taken:
         what = f" with the ending {', '.join(endings)}" if endings else ""
-        raise UserError(f"{root} holds no images{what}")
+        raise UserError(f"{root} holds no images{what}; give the folder that holds the crops, or one above it")
