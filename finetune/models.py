@@ -31,9 +31,9 @@ def start_backbone(ckpt: str, config: BackboneConfig, size: tuple[int, int], see
     return backbone, {}
 
 
-def save(folder: Path, method: Method, name: dict[str, Any], augment: AugmentConfig, facts: dict[str, Any]) -> None:
-    """Export a fine-tuned model. name: the recipe's `method` section."""
-    config = {"kind": "reid", "method": name, "timm": method.backbone.arguments, "augment": augment.model_dump()}
+def save(folder: Path, method: Method, section: dict[str, Any], augment: AugmentConfig, facts: dict[str, Any]) -> None:
+    """Export a fine-tuned model. section: the recipe's `method` section."""
+    config = {"kind": "reid", "method": section, "timm": method.backbone.arguments, "augment": augment.model_dump()}
     save_model(folder, method.state_dict(), {**config, **facts})
 
 
@@ -49,8 +49,7 @@ def load_embedder(
         tensors, stored = load_model(Path(ckpt))
         if stored.get("kind") == "reid":
             parts = Parts(Backbone(stored["timm"]), stored["classes"], SamplingConfig(), seed)
-            settings = dict(stored["method"])
-            method = build(settings.pop("name"), settings, parts)
+            method = build(stored["method"], parts)
             try:
                 method.load_state_dict(tensors)
             except RuntimeError as error:

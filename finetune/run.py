@@ -52,9 +52,7 @@ def build_method(config: FinetuneConfig, identities: Identities) -> Method:
     size = (config.augment.height, config.augment.width)
     backbone, _ = models.start_backbone(config.ckpt, config.backbone, size, config.seed)
     torch.manual_seed(config.seed)
-    settings = dict(config.method)
-    name = settings.pop("name", "bot")
-    return build(name, settings, Parts(backbone, identities.classes, config.sampling, config.seed))
+    return build(config.method, Parts(backbone, identities.classes, config.sampling, config.seed))
 
 
 def train(config: FinetuneConfig, method: Method, identities: Identities, folder: RunFolder, acc: Accelerator) -> None:
@@ -121,7 +119,7 @@ def main() -> None:
     train(config, method, identities, folder, acc)
     if acc.is_main_process:
         facts = {"classes": identities.classes, "ckpt": config.ckpt}
-        models.save(out / "model", method, {"name": "bot", **config.method}, config.augment, facts)
+        models.save(out / "model", method, config.method, config.augment, facts)
         embed = features.embedder(method, Augment(config.augment), acc, config.benchmark.workers)
         tables = benchmark.Tables(config.benchmark, embed)
         tables.save(out / "embeddings")

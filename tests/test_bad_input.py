@@ -100,6 +100,7 @@ CASES = {
     "a config that is none": (FINETUNE, "--ckpt {}/listed", "config.json holds no JSON object"),
     "another width": (FINETUNE, "--ckpt {}/wide", "embed_dim is 64, the recipe asks for 32"),
     "another width to evaluate": (EVAL, "--ckpt {}/wide", "embed_dim is 64, the recipe asks for 32"),
+    "no method named": (FINETUNE, "--ckpt none method={{}}", "method.name is missing; there are: bot"),
     "no such method": (FINETUNE, "--ckpt none method.name=bott", "method.name = 'bott' is unknown; there are: bot"),
     "one image": (
         FINETUNE,

@@ -14,9 +14,15 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
-def build(name: str, settings: dict[str, Any], parts: Parts) -> Method:
-    """The method in `finetune/methods/<name>.py`: its `Config` validates the settings, its `build` makes it."""
+def build(section: dict[str, Any], parts: Parts) -> Method:
+    """The method that a recipe's `method` section names: `finetune/methods/<name>.py`.
+
+    Its `Config` validates the other keys of the section, its `build` makes it.
+    """
+    settings = dict(section)
+    name = settings.pop("name", None)
     if name not in names():
-        raise UserError(f"method.name = {name!r} is unknown; there are: {', '.join(names())}")
+        what = "is missing" if name is None else f"= {name!r} is unknown"
+        raise UserError(f"method.name {what}; there are: {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     return module.build(validate(module.Config, settings, f"the method {name}"), parts)
