@@ -13,8 +13,8 @@ from typing import Literal
 from PIL import Image
 from pydantic import Field
 
-from recipes.errors import UserError
 from recipes.load import Section
+from shards.schema import BadSample
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}  # Pillow's name -> ours
 PIXEL_LIMIT = 89_478_485  # pixels; where Pillow begins to warn of a decompression bomb. A crop has some ten thousand
@@ -30,7 +30,7 @@ class ImagesConfig(Section):
     on_bad: Literal["error", "skip"] = "error"  # an image that cannot be decoded: stop, or leave it out and count it
 
 
-class BadImage(UserError):
+class BadImage(BadSample):
     """These bytes are no image that can be decoded completely."""
 
 

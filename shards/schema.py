@@ -6,16 +6,22 @@ fields. `manifest.json` beside the tars describes the set, `index-<split>.npy` l
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from recipes.errors import UserError
 from recipes.load import Section
 
 UNKNOWN = -2  # pid or camid of a sample without label, in integer arrays; -1 is junk, 0 a distractor (Market-1501)
 SPLITS = ("train", "query", "gallery", "unlabeled")
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-@dataclass(frozen=True)
+class BadSample(UserError):
+    """The bytes of one sample are damaged, missing or no image. A loader may put another sample in its place."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image as a source yields it."""
 
@@ -28,8 +34,7 @@ class Record:
     origin: str = ""  # path or description, for messages
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One image as the reader gives it."""
 
     key: str
