@@ -44,6 +44,14 @@ class Sample(NamedTuple):
     captions: tuple[str, ...]
 
 
+class Published(NamedTuple):
+    """What a data set holds according to its authors."""
+
+    title: str  # name with its version, for example "MSMT17 V2"; goes into manifests and results
+    paper: str  # where the counts come from
+    splits: dict[str, tuple[int, int | None]]  # split -> images, identities (None = not published)
+
+
 class ShardEntry(Section):
     """One tar of a set."""
 
