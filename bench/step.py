@@ -5,8 +5,8 @@
 ViT-S/16, batch 8, 2 crops of 256 x 128 and 6 of 96 x 64, K = 8,192. Both start from the same weights and see the same
 images, and their losses must agree. The plain step, written anew here after the equations of DINO and iBOT: one
 forward for each size of crop, the head and the prototypes on every patch, a loop over pairs of views, loops over
-parameters for clipping and the momentum update, torch's default AdamW. Ours includes photometric.apply; the plain step
-gets images that are normalised already.
+parameters for clipping and the momentum update, torch's default AdamW. Ours includes photometric.normalize; the plain
+step gets images that are normalised already.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain import optim, photometric
+from pretrain import optim
 from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
 from pretrain.batch import Batch, Views, collate
 from pretrain.centering import Centering, CenteringConfig, teacher_targets
@@ -25,7 +25,7 @@ from pretrain.heads import Head, HeadsConfig
 from pretrain.losses import LossesConfig, named_losses
 from pretrain.masks import MasksConfig, draw_mask
 from pretrain.optim import OptimConfig
-from pretrain.photometric import PhotometricConfig
+from pretrain.photometric import PhotometricConfig, normalize
 from pretrain.student_teacher import Student, Teacher, build_teacher, update_teacher
 from shards.seeds import generator
 
@@ -39,16 +39,14 @@ def draw_batch(size: int, grid: tuple[int, int], places: int) -> Batch:
     samples = []
     for row in range(size):
         rng = generator(0, "bench step", row)
-        numbers = [photometric.draw(rng, min(view, 2), PhotometricConfig()) for view in range(2 + LOCALS)]
         masks = [draw_mask(rng, grid, MasksConfig(ratios=(0.3,), spreads=(0.2,))) for _ in range(2)]
         samples.append(
             Views(
                 row=row,
+                replaced=-1,
                 global_crops=rng.integers(0, 256, (2, *GLOBAL, 3), dtype=np.uint8),
                 local_crops=rng.integers(0, 256, (LOCALS, *LOCAL, 3), dtype=np.uint8),
                 boxes=np.zeros((2 + LOCALS, 5), np.int64),
-                global_photometric=np.stack(numbers[:2]),
-                local_photometric=np.stack(numbers[2:]),
                 masks=np.stack(masks),
                 global_drops=rng.random((2, places), np.float32),
                 local_drops=rng.random((LOCALS, places), np.float32),
@@ -87,8 +85,8 @@ class Plain:
     def __init__(self, student: Student, batch: Batch, out_dim: int):
         self.student, self.teacher = student, build_teacher(student)
         colour = PhotometricConfig()
-        self.wide = photometric.apply(batch.global_crops.flatten(0, 1), batch.global_photometric.flatten(0, 1), colour)
-        self.narrow = photometric.apply(batch.local_crops.flatten(0, 1), batch.local_photometric.flatten(0, 1), colour)
+        crops = (batch.global_crops, batch.local_crops)
+        self.wide, self.narrow = (normalize(each.flatten(0, 1), colour.mean, colour.std).contiguous() for each in crops)
         self.masks = batch.masks.flatten(0, 1)
         self.centre, self.patch_centre = torch.zeros(1, out_dim), torch.zeros(1, 1, out_dim)
         named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]

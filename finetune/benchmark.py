@@ -19,7 +19,8 @@ from shards.reader import ShardReader
 class BenchmarkConfig(Section):
     """Where the images come from and what is reported."""
 
-    shards: Path  # a set with the splits train, query and gallery
+    # a set with the splits train, query and gallery: its folder or URL, or SOURCE:PATH for a data set in its own folder
+    shards: str
     draw: Path | None = None  # recipe under recipes/shards that makes the set on first use
     workers: int = Field(2, ge=0)  # loader processes
     nearest: int = Field(10, ge=1)  # neighbours listed for each query
@@ -64,7 +65,9 @@ def nearest(query: EmbeddingTable, gallery: EmbeddingTable, count: int) -> dict[
 def report(tables: Tables, out: Path, title: str, facts: dict[str, Any]) -> Retrieval:
     """Score the tables and write results.json, nearest.json and strips.png into `out`."""
     retrieval, config = tables.score(), tables.config
-    write_json(out / "results.json", {**retrieval.numbers(), **facts, "average_precision": retrieval.ap})
+    data = [source.get("title", source["name"]) for source in tables.readers["query"].sources]
+    told = {**retrieval.numbers(), "data": data, **facts, "average_precision": retrieval.ap}
+    write_json(out / "results.json", told)
     write_json(out / "nearest.json", nearest(tables.query, tables.gallery, config.nearest))
     if config.strips:
         panel = (title, tables.query, tables.gallery)

@@ -1,6 +1,6 @@
-"""Images -> embedding table, with any model that has `embed`."""
+"""Images -> features, with any model that has `embed`: a whole split in memory, or chunk by chunk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from finetune.augment import Augment
 from finetune.histogram import histogram_features
 from recipes.progress import Meter, track
-from shards.embeddings import EmbeddingTable
+from shards.embeddings import EmbeddingTable, Keys
 from shards.images import decode
 from shards.reader import ShardReader
+
+BATCH = 256  # images
 
 
 class TestViews(Dataset):
@@ -31,29 +33,47 @@ class TestViews(Dataset):
         return torch.from_numpy(self.augment.test_view(decode(self.reader[row].image)))
 
 
-def _embedded(model: nn.Module, views: TestViews, accelerator: Accelerator, workers: int) -> Iterator[np.ndarray]:
-    loader = DataLoader(views, batch_size=256, num_workers=workers, pin_memory=accelerator.device.type == "cuda")
-    with Meter(len(views), "embed", silent=not accelerator.is_main_process) as meter:
-        for images in loader:
+@torch.no_grad()
+def embed_spans(
+    model: nn.Module,
+    views: TestViews,
+    spans: Sequence[range],
+    accelerator: Accelerator,
+    workers: int,
+    meter: Meter,
+    batch: int = BATCH,
+) -> Iterator[np.ndarray]:
+    """The features of each span of rows, float32 [len(span), F], by this process alone.
+
+    model: has `embed`, images [B, 3, H, W] -> L2-normalised [B, F]. workers: loader processes. The batches are cut
+    within a span, so its features do not depend on the other spans.
+    """
+    model.eval()
+    batches = [span[at : at + batch] for span in spans for at in range(0, len(span), batch)]
+    loader = iter(
+        DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=accelerator.device.type == "cuda")
+    )
+    for span in spans:
+        found = []
+        for _ in range(0, len(span), batch):
+            images = next(loader)
             with accelerator.autocast():
                 features = model.embed(images.to(accelerator.device, non_blocking=True))
-            yield features.float().cpu().numpy()
+            found.append(features.float().cpu().numpy())
             meter.advance(len(images))
+        yield np.concatenate(found)
 
 
 def embedder(
     model: nn.Module, augment: Augment, accelerator: Accelerator, workers: int
 ) -> Callable[[ShardReader], EmbeddingTable]:
-    """A function from a reader to the features of all its images.
+    """A function from a reader to the features of all its images; model and workers as in `embed_spans`."""
 
-    model: has `embed`, images [B, 3, H, W] -> L2-normalised [B, F]. workers: loader processes.
-    """
-
-    @torch.no_grad()
     def embed(reader: ShardReader) -> EmbeddingTable:
-        model.eval()
-        features = np.concatenate(list(_embedded(model, TestViews(reader, augment), accelerator, workers)))
-        return EmbeddingTable(features, reader.pids, reader.camids, reader.keys)
+        views = TestViews(reader, augment)
+        with Meter(len(views), "embed", silent=not accelerator.is_main_process) as meter:
+            (features,) = embed_spans(model, views, [range(len(views))], accelerator, workers, meter)
+        return EmbeddingTable(features, reader.pids, reader.camids, Keys(reader.keys))
 
     return embed
 
@@ -62,4 +82,4 @@ def histogram_split(reader: ShardReader) -> EmbeddingTable:
     """The colour-histogram baseline of all images of a reader: no network."""
     images = (decode(reader[row].image) for row in range(len(reader)))
     features = histogram_features(track(images, len(reader), "embed"))
-    return EmbeddingTable(features, reader.pids, reader.camids, reader.keys)
+    return EmbeddingTable(features, reader.pids, reader.camids, Keys(reader.keys))

@@ -1,5 +1,6 @@
 """Models on disk and in memory: from `--ckpt` to something that embeds."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def save(folder: Path, method: Method, section: dict[str, Any], augment: Augment
     save_model(folder, method.state_dict(), {**config, **facts})
 
 
+def _load_method(ckpt: str, tensors: dict[str, torch.Tensor], stored: dict[str, Any]) -> tuple[Method, AugmentConfig]:
+    """A fine-tuned model as `save` stored it, and its augmentation."""
+    parts = Parts(Backbone(stored["timm"]), stored["classes"], SamplingConfig(), 0)
+    method = build(stored["method"], parts)
+    try:
+        method.load_state_dict(tensors)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"--ckpt {ckpt}: weights and config do not belong together: {told}") from error
+    return method, AugmentConfig(**stored["augment"])
+
+
 def load_embedder(
     ckpt: str, config: BackboneConfig, augment: AugmentConfig, seed: int
 ) -> tuple[nn.Module, AugmentConfig]:
@@ -48,13 +61,25 @@ def load_embedder(
     if ckpt != SCRATCH:
         tensors, stored = load_model(Path(ckpt))
         if stored.get("kind") == "reid":
-            parts = Parts(Backbone(stored["timm"]), stored["classes"], SamplingConfig(), seed)
-            method = build(stored["method"], parts)
-            try:
-                method.load_state_dict(tensors)
-            except RuntimeError as error:
-                told = " ".join(str(error).split())[:300]
-                raise UserError(f"--ckpt {ckpt}: weights and config do not belong together: {told}") from error
-            return method, AugmentConfig(**stored["augment"])
+            return _load_method(ckpt, tensors, stored)
     backbone, stored = start_backbone(ckpt, config, (augment.height, augment.width), seed)
     return Direct(backbone), augment.model_copy(update=stored.get("normalize", {}))
+
+
+def load_stored(ckpt: str) -> tuple[nn.Module, AugmentConfig]:
+    """As `load_embedder` without a recipe: a teacher too gets the input size that it was trained with."""
+    tensors, stored = load_model(Path(ckpt))
+    if stored.get("kind") == "reid":
+        return _load_method(ckpt, tensors, stored)
+    backbone, stored = load_backbone(Path(ckpt))
+    height, width = stored["timm"]["img_size"]
+    return Direct(backbone), AugmentConfig(height=height, width=width, pad=0, **stored.get("normalize", {}))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hexadecimal sha256 over the names and values of all weights, the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -12,14 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Views:
-    """The views of one sample, as a worker makes them. L local crops, P photometric numbers, S places of drop path."""
+    """The views of one sample, as a worker makes them. L local crops, S places of drop path."""
 
     row: int  # in the shard set
-    global_crops: np.ndarray  # uint8 [2, H, W, 3]
+    replaced: int  # row of the bad sample that this one stands in for, -1 if none
+    global_crops: np.ndarray  # uint8 [2, H, W, 3], RGB
     local_crops: np.ndarray  # uint8 [L, h, w, 3]
     boxes: np.ndarray  # int64 [2 + L, 5]: left, top, width, height in the source image, flipped 0/1
-    global_photometric: np.ndarray  # float32 [2, P], see photometric.py
-    local_photometric: np.ndarray  # float32 [L, P]
     masks: np.ndarray  # bool [2, gh, gw], True = masked
     global_drops: np.ndarray  # float32 [2, S] uniform in [0, 1), one number for each residual branch
     local_drops: np.ndarray  # float32 [L, S]
@@ -29,12 +28,11 @@ class Views:
 class Batch:
     """The views of B samples; a view-major layout, so that view v of sample b is row v * B + b when flattened."""
 
-    rows: Tensor  # int64 [B]
+    rows: Tensor  # int64 [B], in the shard set
+    replaced: Tensor  # int64 [B]: row of the bad sample that this one stands in for, -1 if none
     global_crops: Tensor  # uint8 [2, B, H, W, 3]
     local_crops: Tensor  # uint8 [L, B, h, w, 3]
     boxes: Tensor  # int64 [2 + L, B, 5]
-    global_photometric: Tensor  # float32 [2, B, P]
-    local_photometric: Tensor  # float32 [L, B, P]
     masks: Tensor  # bool [2, B, gh, gw], True = masked
     masked: Tensor  # int64 [M]: the masked patches, as places in the flattened [2 * B * gh * gw]
     mask_weights: Tensor  # float32 [M]: 1 / (masked patches of the same view)
@@ -66,14 +64,9 @@ def collate(samples: list[Views]) -> Batch:
     weights = (1.0 / flat.sum(-1, keepdim=True).clamp(min=1)).expand(flat.shape)
     return Batch(
         rows=torch.tensor([sample.row for sample in samples]),
+        replaced=torch.tensor([sample.replaced for sample in samples]),
         masks=masks,
         masked=flat.flatten().nonzero().squeeze(1),
         mask_weights=weights[flat],
-        **{
-            name: stack(name)
-            for name in (
-                *("global_crops", "local_crops", "boxes", "global_photometric", "local_photometric"),
-                *("global_drops", "local_drops"),
-            )
-        },
+        **{name: stack(name) for name in ("global_crops", "local_crops", "boxes", "global_drops", "local_drops")},
     )

@@ -95,8 +95,8 @@ def states(folder: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"samples-\d{12}", path.name))
 
 
-def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Restore what `save_state` wrote; returns the samples consumed. Raises UserError on a damaged state."""
+def read_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of what `save_state` wrote, by module, and its facts. UserError on a damaged state."""
     try:
         facts = json.loads((state / "state.json").read_text())
         tensors = load_file(state / "tensors.safetensors")
@@ -106,6 +106,12 @@ def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.opti
         raise UserError(
             f"checkpoint {state} has format {facts.get('format_version')}, this version reads {FORMAT_VERSION}"
         )
+    return tensors, facts
+
+
+def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Restore what `save_state` wrote; returns the samples consumed. Raises UserError on a damaged state."""
+    tensors, facts = read_state(state)
     for name, module in modules.items():
         module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
     own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}

@@ -16,18 +16,21 @@ from pretrain.photometric import PhotometricConfig
 from pretrain.schedules import SchedulesConfig
 from pretrain.views import ViewsConfig
 from recipes.load import Section
+from shards.cache import CacheConfig
 from shards.order import OrderConfig
 
 
 class PretrainConfig(Section):
     """One section a part; a section's name is its module's name."""
 
+    ckpt: str = "none"  # what the training starts from; --ckpt sets it
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["no", "bf16"] = "bf16"  # of the backbones; heads and losses are float32 (fp16 gives NaN)
     log_every: int = Field(10, ge=1)  # steps
     dry_run: bool = False  # plan, print, stop
     loader: LoaderConfig
     order: OrderConfig = OrderConfig()
+    cache: CacheConfig = CacheConfig()
     views: ViewsConfig = ViewsConfig()
     photometric: PhotometricConfig = PhotometricConfig()
     masks: MasksConfig = MasksConfig()

@@ -1,40 +1,54 @@
 """From shards to batches: a map-style dataset over positions, a sampler that is a range, torch's DataLoader."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
-from pretrain import masks, photometric, views
+from pretrain import masks, photometric, views, views_pil
 from pretrain.batch import Views, collate
 from pretrain.masks import MasksConfig
 from pretrain.photometric import PhotometricConfig
 from pretrain.views import ViewsConfig
+from recipes.errors import UserError
 from recipes.load import Section
-from shards.images import decode
+from shards.decoding import pixels
 from shards.order import Order, rank_positions
 from shards.reader import ShardReader
+from shards.schema import BadSample
 from shards.seeds import generator
+
+NUMBERS = views.NUMBERS + photometric.NUMBERS  # random numbers of a view
+REPLACEMENTS = 10  # samples tried in the place of a bad one
 
 
 class LoaderConfig(Section):
     """Which images, and how many at a time."""
 
-    shards: tuple[Path, ...] = Field(min_length=1)  # folders made by shards/build.py
+    # each the folder or the URL of a set made by shards/build.py, or SOURCE:PATH for a data set in its own folder
+    shards: tuple[str, ...] = Field(min_length=1)
     splits: tuple[Literal["unlabeled", "train"], ...] = ("unlabeled",)  # of each set; never a test split
+    keep: Path | None = None  # keep-list written by shards/cfs_keep.py: only its samples; None: all
     draw: Path | None = None  # recipe under recipes/shards that makes a missing set on first use
     batch: int = Field(1024, ge=1)  # global: images an optimiser step, over all processes
     batch_per_device: int = Field(128, ge=1)  # at most; the accumulation steps follow
     workers: int = Field(4, ge=0)  # loader processes of each training process
     prefetch: int = Field(2, ge=1)  # batches ahead of each worker
+    max_bad: float = Field(0.001, ge=0, le=1)  # share of damaged samples, replaced by others, above which a run stops
 
 
 class ViewMaker(Dataset):
-    """Position in the run -> the views of its sample. Every random number is a function of (seed, epoch, row, view)."""
+    """Position in the run -> the views of its sample. Every random number is a function of (seed, epoch, row, view).
+
+    A sample that cannot be read or decoded is replaced by another one; its random numbers stay those of its own row,
+    and nothing changes for any other sample. UserError when all the replacements are damaged, too.
+    """
 
     def __init__(
         self,
@@ -48,38 +62,66 @@ class ViewMaker(Dataset):
         self.reader, self.order, self.seed = reader, order, seed
         self.views, self.photometric, self.masks = configs
         self.grid, self.drop_places = grid, drop_places
+        reference = self.views.backend == "pil"
+        self.crop, self.change = (views_pil.crop, views_pil.apply) if reference else (views.crop, photometric.apply)
+        cv2.setNumThreads(1)  # OpenCV's threads do not live on in a forked worker, and each worker has one core
 
     def __len__(self) -> int:
         return len(self.reader)
 
+    def __getitems__(self, positions: list[int]) -> list[Views]:
+        """The samples of a micro-batch; what is remote is fetched side by side, with what comes next in its lanes."""
+        if self.reader.remote:
+            self.reader.ahead(self.order.shards_near(positions))
+        return [self[position] for position in positions]
+
     def __getitem__(self, position: int) -> Views:
         epoch, row = self.order(position)
-        image = decode(self.reader[row].image)
-        crops, boxes, numbers, drops = [], [], [], []
-        for view in range(2 + self.views.local_count):
-            rng = generator(self.seed, "views", epoch, row, view)
-            cut = views.global_view if view < 2 else views.local_view
-            pixels, box = cut(image, rng, self.views)
-            crops.append(pixels)
+        used, image = self._image(epoch, row)
+        count = 2 + self.views.local_count
+        rng = generator(self.seed, "views", epoch, row)
+        crops, boxes = [], []
+        for view, u in enumerate(rng.random((count, NUMBERS), dtype=np.float32).tolist()):
+            box = views.draw_box(u, image, view >= 2, self.views)
+            part = self.crop(image, box, self.views.global_size if view < 2 else self.views.local_size)
+            crops.append(self.change(part, photometric.draw(u[views.NUMBERS :], min(view, 2), self.photometric)))
             boxes.append(box)
-            numbers.append(photometric.draw(rng, min(view, 2), self.photometric))
-            drops.append(rng.random(self.drop_places, dtype=np.float32))
+        drops = rng.random((count, self.drop_places), dtype=np.float32)
         return Views(
-            row=row,
-            global_crops=np.stack(crops[:2]),
-            local_crops=np.stack(crops[2:]) if crops[2:] else np.zeros((0, *self.views.local_size, 3), np.uint8),
-            boxes=np.stack(boxes),
-            global_photometric=np.stack(numbers[:2]),
-            local_photometric=np.array(numbers[2:], np.float32).reshape(-1, photometric.NUMBERS),
-            masks=np.stack([self._mask(epoch, row, view) for view in range(2)]),
-            global_drops=np.stack(drops[:2]),
-            local_drops=np.array(drops[2:], np.float32).reshape(-1, self.drop_places),
+            row=used,
+            replaced=-1 if used == row else row,
+            global_crops=np.array(crops[:2]),
+            local_crops=np.array(crops[2:], np.uint8).reshape(-1, *self.views.local_size, 3),
+            boxes=np.array(boxes, np.int64),
+            masks=self._masks(epoch, row),
+            global_drops=drops[:2],
+            local_drops=drops[2:],
         )
 
-    def _mask(self, epoch: int, row: int, view: int) -> np.ndarray:
+    def _image(self, epoch: int, row: int) -> tuple[int, np.ndarray]:
+        """The row that is used, `row` itself if it is sound, and its image uint8 [H, W, 3]."""
+        used, faults = row, []
+        for attempt in range(REPLACEMENTS + 1):
+            try:
+                sample = self.reader[used]
+                image = pixels(sample.image, f"sample {sample.key!r}")
+            except BadSample as error:
+                faults.append(error)
+                used = int(generator(self.seed, "replacement", epoch, row, attempt).integers(len(self.reader)))
+                continue
+            if faults:
+                print(f"warning: {faults[0]}; another sample takes its place", file=sys.stderr, flush=True)
+            return used, image
+        raise UserError(
+            f"row {row} of the shard set is damaged, and so are all {REPLACEMENTS} drawn in its place; check the set "
+            f"with shards/check.py. The last one: {faults[-1]}"
+        )
+
+    def _masks(self, epoch: int, row: int) -> np.ndarray:
         if epoch < self.masks.start_epoch:
-            return np.zeros(self.grid, dtype=bool)
-        return masks.draw_mask(generator(self.seed, "masks", epoch, row, view), self.grid, self.masks)
+            return np.zeros((2, *self.grid), dtype=bool)
+        rng = generator(self.seed, "masks", epoch, row)
+        return np.stack([masks.draw_mask(rng, self.grid, self.masks) for _ in range(2)])
 
 
 class MicroBatches:
@@ -120,5 +162,6 @@ def build_loader(dataset: ViewMaker, batches: MicroBatches, config: LoaderConfig
 
 
 def _one_thread(_: int) -> None:
-    # a worker only crops and stacks; more threads would fight with the training process
+    # one core for each worker; more threads would fight with the training process
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)

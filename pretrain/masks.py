@@ -1,6 +1,7 @@
 """Block masks over the patch grid (BEiT, arXiv 2106.08254; mixture of ratios as in iBOT, arXiv 2111.07832)."""
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -27,47 +28,55 @@ class MasksConfig(Section):
         return self
 
 
-def draw_ratio(rng: np.random.Generator, config: MasksConfig) -> float:
-    """Share of the patches to mask in one view."""
-    choice = int(rng.integers(len(config.ratios)))
+def uniforms(rng: np.random.Generator) -> Iterator[float]:
+    """Numbers uniform in [0, 1), without end; drawn in blocks, which is far cheaper than one by one."""
+    while True:
+        yield from rng.random(64).tolist()
+
+
+def draw_ratio(u: Iterator[float], config: MasksConfig) -> float:
+    """Share of the patches to mask in one view. u: uniform in [0, 1)."""
+    choice = int(next(u) * len(config.ratios))
     ratio, spread = config.ratios[choice], config.spreads[choice]
-    return float(rng.uniform(ratio - spread, ratio + spread)) if spread > 0 else ratio
+    return ratio + (2 * next(u) - 1) * spread
 
 
-def block_mask(rng: np.random.Generator, grid: tuple[int, int], count: int, aspect: tuple[float, float]) -> np.ndarray:
-    """A mask bool [rows, columns] of at most `count` patches made of rectangles; True = masked.
+def block_mask(u: Iterator[float], grid: tuple[int, int], count: int, aspect: tuple[float, float]) -> np.ndarray:
+    """A mask bool [rows, columns] of at most `count` patches made of rectangles; True = masked. u: uniform in [0, 1).
 
     A rectangle is kept when it is strictly smaller than the grid in both directions and adds between 1 and the number
     still missing; after ten vain tries the mask stays as it is, so it never overshoots.
     """
     rows, columns = grid
-    mask = np.zeros(grid, dtype=bool)
+    mask = 0  # patch i is bit i: a rectangle is laid over the mask and counted in one operation each
     smallest = max(1, (min(rows, columns) // 3) ** 2)
-    missing = count
-    while missing > 0:
-        for _ in range(10):
-            area = rng.uniform(min(smallest, missing), max(smallest, missing))
-            tall = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-            h, w = round(math.sqrt(area * tall)), round(math.sqrt(area / tall))
-            if not (0 < h < rows and 0 < w < columns):
-                continue
-            top, left = int(rng.integers(rows - h + 1)), int(rng.integers(columns - w + 1))
-            block = mask[top : top + h, left : left + w]
-            added = block.size - int(block.sum())
-            if 0 < added <= missing:
-                block[:] = True
-                missing -= added
-                break
-        else:
-            break
-    return mask
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    missing, tries = count, 0
+    while missing > 0 and tries < 10:
+        tries += 1
+        area = smallest + next(u) * (missing - smallest)
+        tall = math.exp(low + next(u) * (high - low))
+        h, w = round(math.sqrt(area * tall)), round(math.sqrt(area / tall))
+        if not (0 < h < rows and 0 < w < columns):
+            continue
+        top, left = int(next(u) * (rows - h + 1)), int(next(u) * (columns - w + 1))
+        each_row = ((1 << columns * h) - 1) // ((1 << columns) - 1)  # its first bit in each of h rows
+        added = (each_row * ((1 << w) - 1) << top * columns + left) & ~mask
+        if 0 < added.bit_count() <= missing:
+            mask |= added
+            missing -= added.bit_count()
+            tries = 0
+    size = rows * columns
+    bits = np.frombuffer(mask.to_bytes((size + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(bits, count=size, bitorder="little").reshape(grid).view(bool)
 
 
 def draw_mask(rng: np.random.Generator, grid: tuple[int, int], config: MasksConfig) -> np.ndarray:
     """The mask of one view, bool [rows, columns], True = masked."""
-    count = int(draw_ratio(rng, config) * grid[0] * grid[1])
+    u = uniforms(rng)
+    count = int(draw_ratio(u, config) * grid[0] * grid[1])
     if config.shape == "random":
         flat = np.zeros(grid[0] * grid[1], dtype=bool)
         flat[rng.permutation(flat.size)[:count]] = True
         return flat.reshape(grid)
-    return block_mask(rng, grid, count, config.aspect)
+    return block_mask(u, grid, count, config.aspect)

@@ -1,13 +1,16 @@
-"""Colour, blur, solarise, normalise: drawn for each crop on the CPU, applied to the whole batch on the device.
+"""Colour, blur, solarise (DINO, iBOT) on the CPU with OpenCV; normalise on the device.
 
-Brightness, contrast, saturation and hue are affine in RGB once the mean of the crop is known, and without clipping in
-between they commute, so all four and the grayscale are one 3x3 matrix and an offset. Against doing them one by one on
-8-bit images this leaves out the rounding and clipping in between, and turns the hue in YIQ, not HSV.
+The reference is views_pil.py: torchvision on Pillow images, one operation after the other with 8 bits in between. Here
+is the cheapest form whose pixels have the same distribution (tests/test_views_parity.py says how closely).
 """
 
+import functools
+import itertools
 import math
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from pydantic import Field
@@ -15,10 +18,13 @@ from torch import Tensor
 
 from recipes.load import Section
 
-GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
-# places in the photometric numbers of a crop
-BRIGHTNESS, CONTRAST, SATURATION, HUE, TO_GRAY, SIGMA, SOLARIZE = range(7)
-NUMBERS = 7
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+# places of a view in its random numbers
+JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SIGMA, SOLARIZE = range(10)
+NUMBERS = 10
+ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
+# turns rounding into rounding down, as Pillow's blending does; less than half, so that whole numbers stay
+DOWN = -0.499
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -41,77 +47,115 @@ class PhotometricConfig(Section):
     std: tuple[Spread, Spread, Spread] = (0.229, 0.224, 0.225)  # > 0
 
 
-def draw(rng: np.random.Generator, kind: int, config: PhotometricConfig) -> np.ndarray:
-    """The photometric numbers of one crop, float32 [7]. kind: 0 global view 1, 1 global view 2, 2 local."""
-    u = rng.random(9)
-    numbers = np.array([1, 1, 1, 0, 0, 0, 0], dtype=np.float32)
-    if u[0] < config.jitter:
-        widths = (config.brightness, config.contrast, config.saturation, config.hue)
-        numbers[:4] += (2 * u[1:5] - 1) * widths
-    numbers[TO_GRAY] = u[5] < config.gray
-    if u[6] < config.blur[kind]:
-        numbers[SIGMA] = config.blur_sigma[0] + u[7] * (config.blur_sigma[1] - config.blur_sigma[0])
-    numbers[SOLARIZE] = u[8] < config.solarize[kind]
-    return numbers
+class Changes(NamedTuple):
+    """What happens to one crop, in this order."""
+
+    order: tuple[str, ...]  # of the four operations of the colour jitter; empty: no jitter
+    brightness: float  # factors, 1 changes nothing
+    contrast: float
+    saturation: float
+    hue: float  # share of a turn, 0 changes nothing
+    gray: bool
+    sigma: float  # of the blur, pixels; 0: none
+    solarize: bool
 
 
-def _hue_matrix(turn: Tensor) -> Tensor:
-    """Rotation of the chrominance plane by `turn` [B] full turns, as a matrix on RGB [B, 3, 3]; > 0: red to yellow."""
-    to_yiq = torch.tensor([GRAY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], device=turn.device)
-    cos, sin = torch.cos(2 * math.pi * turn), torch.sin(2 * math.pi * turn)
-    zero, one = torch.zeros_like(turn), torch.ones_like(turn)
-    rotation = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], -1).view(-1, 3, 3)
-    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+def draw(u: Sequence[float], kind: int, config: PhotometricConfig) -> Changes:
+    """The changes of one crop. u: NUMBERS numbers, uniform in [0, 1).
 
-
-def colour_transform(numbers: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrix [B, 3, 3] and offset [B, 3] of all colour operations of each crop.
-
-    numbers: [B, 7]. mean: [B, 3] mean colour of each crop in [0, 1]; contrast pulls towards its luma.
+    kind: 0 global view 1, 1 global view 2, 2 local.
     """
-    luma = torch.tensor(GRAY, device=mean.device)
-    eye = torch.eye(3, device=mean.device)
-    to_gray = luma.expand(3, 3)
-    scale = numbers[:, :3, None, None]
-    saturation = scale[:, SATURATION] * eye + (1 - scale[:, SATURATION]) * to_gray
-    matrix = scale[:, BRIGHTNESS] * scale[:, CONTRAST] * saturation @ _hue_matrix(numbers[:, HUE])
-    # saturation and hue keep luma, so the mean luma that contrast pulls towards is that of the brightened crop
-    offset = ((1 - numbers[:, CONTRAST]) * numbers[:, BRIGHTNESS] * (mean @ luma))[:, None].expand(-1, 3)
-    return torch.where(numbers[:, TO_GRAY, None, None] > 0, to_gray @ matrix, matrix), offset
+    low, high = config.blur_sigma
+    return Changes(
+        order=ORDERS[int(u[ORDER] * len(ORDERS))] if u[JITTER] < config.jitter else (),
+        brightness=1 + (2 * u[BRIGHTNESS] - 1) * config.brightness,
+        contrast=1 + (2 * u[CONTRAST] - 1) * config.contrast,
+        saturation=1 + (2 * u[SATURATION] - 1) * config.saturation,
+        hue=(2 * u[HUE] - 1) * config.hue,
+        gray=u[GRAY] < config.gray,
+        sigma=low + u[SIGMA] * (high - low) if u[BLUR] < config.blur[kind] else 0.0,
+        solarize=u[SOLARIZE] < config.solarize[kind],
+    )
 
 
-def _blur_matrix(size: int, sigma: Tensor) -> Tensor:
-    """Gaussian blur along one axis as a matrix [B, size, size]; rows are renormalised at the border."""
-    at = torch.arange(size, device=sigma.device)
-    distance = (at[:, None] - at[None]).float() ** 2
-    weights = torch.exp(-distance / (2 * sigma.clamp(min=1e-2)[:, None, None] ** 2))
-    return weights / weights.sum(-1, keepdim=True)
+def mix(pixels: np.ndarray, brightness: float, saturation: float, hue: float) -> np.ndarray:
+    """Brightness, saturation and hue in one matrix.
+
+    The hue is turned about the axis of grays (> 0: from red to yellow). A least-squares fit of a matrix to the turn in
+    HSV, which torchvision does, gives the same to the second digit. Strong colours differ: HSV keeps the largest of the
+    three values, this their sum.
+    """
+    strength, gray = brightness * saturation / 3, brightness * (1 - saturation)
+    cos, sin = strength * math.cos(2 * math.pi * hue), math.sqrt(3) * strength * math.sin(2 * math.pi * hue)
+    same, after, before = strength + 2 * cos, strength - cos - sin, strength - cos + sin
+    r, g, b = gray * LUMA[0], gray * LUMA[1], gray * LUMA[2]
+    offset = DOWN * ((brightness != 1) + (saturation != 1))
+    matrix = (
+        (same + r, after + g, before + b, offset),
+        (before + r, same + g, after + b, offset),
+        (after + r, before + g, same + b, offset),
+    )
+    return cv2.transform(pixels, np.array(matrix))
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of images [B, 3, H, W], each with its own sigma [B] in pixels (0 = untouched)."""
-    rows, columns = _blur_matrix(images.shape[2], sigma), _blur_matrix(images.shape[3], sigma)
-    return rows[:, None] @ images @ columns[:, None].transpose(-1, -2)
+def contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """Away from (factor > 1) or towards the mean luma of the crop, rounded to a whole number."""
+    r, g, b, _ = cv2.mean(pixels)
+    middle = round(LUMA[0] * r + LUMA[1] * g + LUMA[2] * b)
+    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * middle + DOWN)
 
 
-def apply(crops: Tensor, numbers: Tensor, config: PhotometricConfig) -> Tensor:
-    """uint8 crops [B, H, W, 3] with their numbers [B, 7] -> normalised float32 images [B, 3, H, W]."""
-    images = crops.permute(0, 3, 1, 2).float().div_(255)
-    matrix, offset = colour_transform(numbers, images.mean(dim=(2, 3)))
-    images = torch.baddbmm(offset[:, :, None], matrix, images.flatten(2)).clamp_(0, 1).view_as(images)
-    if max(config.blur) > 0:
-        if images.is_cuda:  # picking the blurred ones would make the host wait for the device
-            images = blur(images, numbers[:, SIGMA])
-        else:
-            chosen = numbers[:, SIGMA].nonzero().squeeze(1)
-            images[chosen] = blur(images[chosen], numbers[chosen, SIGMA])
-    if max(config.solarize) > 0:
-        invert = (numbers[:, SOLARIZE, None, None, None] > 0) & (images >= 128 / 255)
-        images = torch.where(invert, 1 - images, images)
-    return normalize(images, config.mean, config.std)
+def jitter(pixels: np.ndarray, changes: Changes) -> np.ndarray:
+    """The colour jitter, values clipped once on the way.
+
+    Clipping after each of the four operations would not show: it matters between brightness and contrast, which both
+    drive values out of 0..255.
+    """
+    if changes.order.index("contrast") < changes.order.index("brightness"):
+        pixels = contrast(pixels, changes.contrast)
+        return mix(pixels, changes.brightness, changes.saturation, changes.hue)
+    pixels = mix(pixels, changes.brightness, changes.saturation, changes.hue)
+    return contrast(pixels, changes.contrast)
 
 
-def normalize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """(x - mean) / std by channel; images [B, 3, H, W] in [0, 1]."""
-    shift = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    return (images - shift) / torch.tensor(std, device=images.device).view(3, 1, 1)
+@functools.lru_cache(maxsize=1024)
+def blur_kernel(sigma: float) -> np.ndarray:
+    """Pillow's Gaussian blur as one kernel float32 [n]: three box filters with fractional ends, of variance sigma^2.
+
+    Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box Filtering, 2011.
+    """
+    variance = sigma * sigma / 3
+    inner = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    end = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance) / (6 * (variance - (inner + 1) ** 2))
+    box = np.array([end, *[1.0] * (2 * inner + 1), end]) / (2 * inner + 1 + 2 * end)
+    kernel = np.convolve(box, np.convolve(box, box))
+    kernel = kernel[kernel > 1 / 512]  # smaller ones cannot change an 8-bit value
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur; sigma in pixels, rounded to a hundredth, > 0."""
+    kernel = blur_kernel(round(sigma, 2))
+    return cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+
+
+def apply(pixels: np.ndarray, changes: Changes) -> np.ndarray:
+    """The changes of one crop uint8 [H, W, 3], RGB."""
+    if changes.order:
+        pixels = jitter(pixels, changes)
+    if changes.gray:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    if changes.sigma > 0:
+        pixels = blur(pixels, changes.sigma)
+    if changes.solarize:  # values from 128 on are inverted: of a value and its inverse, it is always the smaller
+        pixels = cv2.min(pixels, cv2.bitwise_not(pixels))
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if changes.gray else pixels
+
+
+def normalize(crops: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """uint8 crops [B, H, W, 3] -> (x / 255 - mean) / std by channel, float32 [B, 3, H, W], channels last in memory."""
+    width = crops.shape[2]
+    shift, scale = (torch.tensor(values, device=crops.device).repeat(width) for values in (mean, std))
+    # a row of pixels at a time: the colours alone, three values long, would leave the vector units idle
+    images = crops.flatten(2).float().mul_(1 / (255 * scale)).sub_(shift / scale)
+    return images.unflatten(2, (width, 3)).permute(0, 3, 1, 2)

@@ -3,12 +3,14 @@
     accelerate launch pretrain/run.py                                       the smoke recipe, on drawn figures
     accelerate launch pretrain/run.py --recipe recipes/pretrain/demo.yaml --out runs/demo/pretrain
     accelerate launch --config_file recipes/accelerate/gpu8.yaml pretrain/run.py --recipe ... loader.batch=1024
+    accelerate launch pretrain/run.py --ckpt runs/source ...                continue its teacher, on other images say
 
 The same command on a run folder that holds a checkpoint goes on from it. The teacher comes out as OUT/teacher.
 """
 
 import argparse
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,10 +25,11 @@ from pretrain.centering import Centering, teacher_targets
 from pretrain.config import PretrainConfig
 from pretrain.heads import Head
 from pretrain.health import signals
-from pretrain.journal import Journal
+from pretrain.journal import BadSamples, Journal
 from pretrain.loader import MicroBatches, ViewMaker, build_loader, micro_batch
 from pretrain.losses import named_losses
 from pretrain.planning import describe
+from pretrain.starting import start_from
 from pretrain.student_teacher import Student, build_teacher, update_teacher
 from recipes.errors import plain_errors
 from recipes.load import load, recipe_path
@@ -36,8 +39,8 @@ from shards.on_demand import ensure_sets
 from shards.order import Order, check_ranks
 from shards.reader import ShardReader
 
-# keys that change how fast a run goes, not what it computes: they may differ when it is continued
-FREE_KEYS = ("loader.workers", "loader.prefetch", "log_every")
+# may differ when a run is continued: they do not change what it computes
+FREE_KEYS = ("loader.workers", "loader.prefetch", "loader.max_bad", "cache", "log_every")
 
 
 def arguments() -> tuple[PretrainConfig, Path]:
@@ -45,17 +48,16 @@ def arguments() -> tuple[PretrainConfig, Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(recipe_path("pretrain/smoke.yaml")), help="YAML file; default: smoke")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/<name of the recipe>")
+    parser.add_argument("--ckpt", help="start from the teacher of this run folder, or from an exported teacher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
     given = parser.parse_intermixed_args()  # an override may stand before and after an option
+    given.overrides += [f"ckpt={json.dumps(given.ckpt)}"] if given.ckpt else []
     config = load(PretrainConfig, given.recipe, given.overrides)
     return config, given.out or Path("runs") / Path(given.recipe).stem
 
 
 def build_modules(config: PretrainConfig, device: torch.device) -> dict[str, nn.Module]:
-    """student, teacher and centres by name: with the optimiser, the whole state of the method.
-
-    The fresh weights are the same on all processes.
-    """
+    """The whole state of the method, by name; the fresh weights are the same on all processes."""
     torch.manual_seed(config.seed)
     mim = config.losses.patch_weight > 0
     timm_arguments(config.backbone, config.views.local_size)  # refuses a size that the patches do not tile
@@ -72,13 +74,12 @@ def build_batches(
     config: PretrainConfig, reader: ShardReader, backbone: Backbone, span: tuple[int, int], accelerator: Accelerator
 ) -> Iterator[Batch]:
     """The micro-batches of this process for the steps of `span`, one after the other."""
+    data, ranks = config.loader, accelerator.num_processes
     order = Order(reader.shard_sizes, config.seed, config.order)
-    recipes = (config.views, config.photometric, config.masks)
-    maker = ViewMaker(reader, order, config.seed, recipes, backbone.grid, len(backbone.drops))
-    micro = micro_batch(config.loader, accelerator.num_processes)
-    ranks = (accelerator.process_index, accelerator.num_processes)
-    sampler = MicroBatches(span, config.loader.batch, micro, *ranks)
-    return iter(build_loader(maker, sampler, config.loader, pin=accelerator.device.type == "cuda"))
+    views = (config.views, config.photometric, config.masks)
+    maker = ViewMaker(reader, order, config.seed, views, backbone.grid, len(backbone.drops))
+    sampler = MicroBatches(span, data.batch, micro_batch(data, ranks), accelerator.process_index, ranks)
+    return iter(build_loader(maker, sampler, data, pin=accelerator.device.type == "cuda"))
 
 
 def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: ShardReader) -> None:
@@ -88,8 +89,8 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     steps = max(1, int(config.schedules.epochs * steps_per_epoch))
     modules = build_modules(config, accelerator.device)
     parts = {config.backbone.name: modules["student"].backbone, "head": modules["student"].head}
-    peak = schedules.peak_lr(config.schedules, batch_size)
-    accelerator.print(describe(parts, len(reader), batch_size, steps, (world, micro_size), peak))
+    start, peak = start_from(config.ckpt, modules), schedules.peak_lr(config.schedules, batch_size)
+    accelerator.print(describe(parts, len(reader), batch_size, steps, (world, micro_size), peak, start))
     if config.dry_run:
         return
     folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=FREE_KEYS, facts={"processes": world})
@@ -103,7 +104,8 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     keeper = checkpoint.Keeper(out, config.checkpoint, steps, steps_per_epoch, batch_size)
     facts = {"normalize": {"mean": config.photometric.mean, "std": config.photometric.std}, "seed": config.seed}
     meter = Meter(steps * batch_size, "pretrain", start=first * batch_size, silent=not accelerator.is_main_process)
-    journal = Journal(folder, accelerator, meter, config.log_every, batch_size)
+    every, bad = (config.log_every, batch_size), BadSamples(config.loader.max_bad, len(reader))
+    journal = Journal(folder, accelerator, meter, every, bad)
     accumulation = batch_size // world // micro_size
     with meter:
         for step in range(first, steps):
@@ -117,7 +119,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
                     losses = named_losses(guessed, targets, batch.mask_weights, config.losses)
                     accelerator.backward(losses["loss"] / accumulation)
                 journal.collect(losses, signals(targets.cls, seen.features), 1 / accumulation)
-            journal.check_finite(step)
+            journal.check(step)
             if now.freeze_last_layer:
                 optim.freeze_last_layer(student)
             norm = optim.clip_gradients(student, config.optim)
@@ -138,10 +140,9 @@ def main() -> None:
     config, out = arguments()
     accelerator = processes.start(config.precision, log_with="tensorboard", project_dir=str(out))
     check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
-    paths = config.loader.shards
-    ensure_sets(paths, config.loader.draw, accelerator.is_main_process, accelerator.wait_for_everyone)
-    reader = ShardReader(paths, config.loader.splits)
-    train(config, out, accelerator, reader)
+    data = config.loader
+    ensure_sets(data.shards, data.draw, accelerator.is_main_process, accelerator.wait_for_everyone)
+    train(config, out, accelerator, ShardReader(data.shards, data.splits, data.keep, config.cache))
 
 
 if __name__ == "__main__":

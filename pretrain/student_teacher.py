@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain import photometric
 from pretrain.backbone import Backbone
 from pretrain.batch import Batch
 from pretrain.heads import Head
 from pretrain.losses import Logits
-from pretrain.photometric import PhotometricConfig
+from pretrain.photometric import PhotometricConfig, normalize
 
 
 class Seen(NamedTuple):
@@ -30,21 +29,21 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head, self.photometric, self.mim = backbone, head, photometric_config, mim
 
-    def _images(self, crops: Tensor, numbers: Tensor) -> Tensor:
-        """[V, B, H, W, 3] uint8 -> [V * B, 3, H, W] float."""
-        return photometric.apply(crops.flatten(0, 1), numbers.flatten(0, 1), self.photometric)
+    def _images(self, crops: Tensor) -> Tensor:
+        """[V, B, H, W, 3] uint8 -> [V * B, 3, H, W] float32, normalised."""
+        return normalize(crops.flatten(0, 1), self.photometric.mean, self.photometric.std)
 
 
 class Student(Network):
     """Sees masked global views and clean local views."""
 
     def forward(self, batch: Batch) -> Logits:
-        images = self._images(batch.global_crops, batch.global_photometric)
+        images = self._images(batch.global_crops)
         mask = batch.masks.flatten(0, 1) if self.mim else None
         wide = self.backbone(images, mask, batch.global_drops.flatten(0, 1))
         tokens = [wide.cls]
         if len(batch.local_crops):
-            images = self._images(batch.local_crops, batch.local_photometric)
+            images = self._images(batch.local_crops)
             tokens.append(self.backbone(images, None, batch.local_drops.flatten(0, 1)).cls)
         views = sum(len(t) for t in tokens)
         if self.mim:  # the head runs on masked patches only: no other patch enters the loss
@@ -59,7 +58,7 @@ class Teacher(Network):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Seen:
-        tokens = self.backbone(self._images(batch.global_crops, batch.global_photometric))
+        tokens = self.backbone(self._images(batch.global_crops))
         cls = self.head.cls_logits(self.head.bottleneck(tokens.cls))
         features = tokens.cls[: batch.size].float()
         views = cls.unflatten(0, (2, batch.size))

@@ -5,15 +5,24 @@ ranges of global and local crops overlap (PersonViT, arXiv 2408.05398).
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
+import cv2
 import numpy as np
-from PIL import Image
+import torch
 from pydantic import Field, model_validator
+from torch.nn import functional as F
 
 from recipes.load import Section
 
 Size = tuple[int, int]  # height, width in pixels
 Range = tuple[float, float]
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the source image
+TRIES = 10  # boxes drawn until one fits
+# places of a view in the sample's table of random numbers: areas, ratios, left, top, flip; then photometric.py
+LEFT, TOP, FLIP = range(2 * TRIES, 2 * TRIES + 3)
+NUMBERS = 2 * TRIES + 3
 
 
 class ViewsConfig(Section):
@@ -27,6 +36,7 @@ class ViewsConfig(Section):
     ratio: Range = (0.375, 0.6667)  # width / height of a crop, before resizing
     local_ratio: Range | None = None  # None: as `ratio`
     flip: float = Field(0.5, ge=0, le=1)  # probability
+    backend: Literal["fast", "pil"] = "fast"  # who makes the pixels; pil: the reference, ten times slower, for parity
 
     @model_validator(mode="after")
     def _ranges(self) -> "ViewsConfig":
@@ -40,20 +50,19 @@ class ViewsConfig(Section):
         return self
 
 
-def crop_box(
-    rng: np.random.Generator, width: int, height: int, scale: Range, ratio: Range
-) -> tuple[int, int, int, int]:
-    """left, top, width, height of a random crop.
+def crop_box(u: Sequence[float], width: int, height: int, scale: Range, ratio: Range) -> Box:
+    """left, top, width, height of a random crop. u: NUMBERS numbers, uniform in [0, 1).
 
     Area uniform in `scale`, aspect log-uniform in `ratio`; ten tries to fit, then the largest centred crop of a legal
     ratio (the algorithm known as RandomResizedCrop; Szegedy et al. 2014).
     """
-    areas = rng.uniform(*scale, size=10) * (width * height)
-    ratios = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), size=10))
-    for area, aspect in zip(areas, ratios, strict=True):
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for turn in range(TRIES):
+        area = (scale[0] + u[turn] * (scale[1] - scale[0])) * width * height
+        aspect = math.exp(low + u[TRIES + turn] * (high - low))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+            return int(u[LEFT] * (width - w + 1)), int(u[TOP] * (height - h + 1)), w, h
     w, h = width, height
     if width / height < ratio[0]:
         h = min(height, round(w / ratio[0]))
@@ -62,28 +71,23 @@ def crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def crop(image: Image.Image, box: tuple[int, int, int, int], size: Size, flip: bool) -> np.ndarray:
-    """Cut `box` out, resize bicubically, flip left-right: uint8 [height, width, 3]."""
-    left, top, w, h = box
-    # resize(box=...) would let pixels outside the box into the border
-    part = image.crop((left, top, left + w, top + h))
-    pixels = np.asarray(part.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return pixels[:, ::-1] if flip else pixels
+def draw_box(u: Sequence[float], image: np.ndarray, local: bool, config: ViewsConfig) -> tuple[int, int, int, int, int]:
+    """Box and flip (0 or 1) of one view of an image uint8 [H, W, 3]."""
+    height, width = image.shape[:2]
+    if local:
+        box = crop_box(u, width, height, config.local_scale, config.local_ratio or config.ratio)
+    else:
+        box = crop_box(u, width, height, config.global_scale, config.ratio)
+    return *box, int(u[FLIP] < config.flip)
 
 
-def global_view(image: Image.Image, rng: np.random.Generator, config: ViewsConfig) -> tuple[np.ndarray, np.ndarray]:
-    """One global crop uint8 [H, W, 3] and its box int64 [5] (left, top, width, height, flipped)."""
-    return _view(image, rng, config.global_size, config.global_scale, config.ratio, config.flip)
+def crop(image: np.ndarray, box: Sequence[int], size: Size) -> np.ndarray:
+    """Cut out, resize, flip: uint8 [H, W, 3] -> uint8 [height, width, 3]. box: left, top, width, height, flip.
 
-
-def local_view(image: Image.Image, rng: np.random.Generator, config: ViewsConfig) -> tuple[np.ndarray, np.ndarray]:
-    """One local crop uint8 [h, w, 3] and its box int64 [5]."""
-    return _view(image, rng, config.local_size, config.local_scale, config.local_ratio or config.ratio, config.flip)
-
-
-def _view(
-    image: Image.Image, rng: np.random.Generator, size: Size, scale: Range, ratio: Range, flip: float
-) -> tuple[np.ndarray, np.ndarray]:
-    box = crop_box(rng, image.width, image.height, scale, ratio)
-    flipped = bool(rng.random() < flip)
-    return crop(image, box, size, flipped), np.array([*box, flipped], dtype=np.int64)
+    Bicubic and without aliasing when it shrinks: Pillow's algorithm, which torch has with vector instructions.
+    """
+    left, top, w, h, flip = box
+    part = image[None, top : top + h, left : left + w].copy()  # so that the image ends at the box
+    resized = F.interpolate(torch.from_numpy(part).permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
+    pixels = resized.permute(0, 2, 3, 1).numpy()[0]
+    return cv2.flip(pixels, 1) if flip else pixels

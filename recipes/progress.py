@@ -19,9 +19,12 @@ def clock(seconds: float) -> str:
 
 
 class Meter:
-    """Counts `unit`s towards `total`; shows rate, time left and a short note. A silent meter shows nothing."""
+    """Counts `unit`s towards `total`; shows rate, time left and a short note. A silent meter shows nothing.
 
-    def __init__(self, total: int, label: str, unit: str = "images", start: int = 0, silent: bool = False):
+    total: None where it is not known, then there is no time left.
+    """
+
+    def __init__(self, total: int | None, label: str, unit: str = "images", start: int = 0, silent: bool = False):
         self.total, self.label, self.unit, self.done, self.first = total, label, unit, start, start
         self.note = ""
         self.began = self.spoke = time.monotonic()
@@ -62,8 +65,11 @@ class Meter:
 
     def _line(self, now: float) -> None:
         self.spoke = now
-        left = clock((self.total - self.done) / max(self.rate, 1e-9))
-        text = f"{self.label} {self.done}/{self.total}  {self.rate:.0f} {self.unit}/s  {left} left  {self.note}"
+        count, left = f"{self.done}", ""
+        if self.total is not None:
+            count = f"{self.done}/{self.total}"
+            left = f"{clock((self.total - self.done) / max(self.rate, 1e-9))} left  "
+        text = f"{self.label} {count}  {self.rate:.0f} {self.unit}/s  {left}{self.note}"
         print(text.rstrip(), file=sys.stderr, flush=True)
 
 

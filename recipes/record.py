@@ -129,6 +129,7 @@ def _differences(old: Any, new: Any, may_differ: Collection[str]) -> list[str]:
         f"and is now {'not there' if now is missing else repr(now)}"
         for key in dict.fromkeys([*after, *before])
         if key not in may_differ
+        and key.partition(".")[0] not in may_differ
         # repr, because nan is not equal to itself
         and repr(was := before.get(key, missing)) != repr(now := after.get(key, missing))
     ]
@@ -172,9 +173,9 @@ class RunFolder:
     ) -> "RunFolder":
         """Create the folder, or continue the run that it holds.
 
-        may_differ: dotted keys that do not change the result (number of workers, for example) and so may differ when
-        a run is continued. facts: what this module cannot know (device names, number of processes), for
-        environment.json. Raises UserError when the folder holds something else than a run of this recipe.
+        may_differ: dotted keys, or whole sections, that do not change the result (number of workers, for example) and
+        so may differ when a run is continued. facts: what this module cannot know (device names, number of processes),
+        for environment.json. Raises UserError when the folder holds something else than a run of this recipe.
         """
         folder = RunFolder(Path(out), main)
         if not main:

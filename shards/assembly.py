@@ -25,14 +25,17 @@ class BuildConfig(Section):
     images: ImagesConfig = ImagesConfig()
 
 
-def _configure(wanted: list[dict[str, Any]], shared: dict[str, Any]) -> list[tuple[str, Section]]:
+Configured = list[tuple[str, Section]]  # name and validated config of each source
+
+
+def configure(wanted: list[dict[str, Any]], shared: dict[str, Any]) -> Configured:
     """Mappings of a recipe (`name` and that source's keys) -> (name, validated config) of each source.
 
     shared: keys for every source that has them; a key that no source has is refused.
     """
     if not wanted:
         raise UserError("no source is given: name one as SOURCE:PATH or under `sources:` in the recipe")
-    found: list[tuple[str, Section]] = []
+    found: Configured = []
     unused = set(shared)
     for number, mapping in enumerate(wanted):
         if "name" not in mapping:
@@ -50,19 +53,36 @@ def _configure(wanted: list[dict[str, Any]], shared: dict[str, Any]) -> list[tup
     return found
 
 
-def _gather(configured: list[tuple[str, Section]]) -> Iterator[Record]:
-    """The records of all sources; with several ones, the keys of the n-th begin with `s<n>/`."""
+def gather(configured: Configured, drop_labels: bool = False) -> Iterator[Record]:
+    """The records of all sources; with several ones, the keys of the n-th begin with `s<n>/`.
+
+    Identities of several sources may collide, so a second source with labels is a UserError unless they are dropped.
+    """
+    labelled: str | None = None
     for number, (name, config) in enumerate(configured):
+        told = False
         for record in sources.find(name).records(config):
-            if len(configured) > 1:
-                yield dataclasses.replace(record, key=f"s{number}/{record.key}")
-            else:
+            if len(configured) == 1:
                 yield record
+                continue
+            if not told and not drop_labels and (record.pid is not None or record.camid is not None):
+                if labelled is not None:
+                    raise UserError(
+                        f"{labelled} and {name} both have labels, which may collide; pack each alone or set "
+                        "packing.drop_labels=true"
+                    )
+                labelled, told = name, True
+            yield dataclasses.replace(record, key=f"s{number}/{record.key}")
 
 
-def _labelled(records: list[Record]) -> list[str]:
-    """Prefixes (`s0`, `s1`...) of the sources that give identities or cameras."""
-    return sorted({r.key.partition("/")[0] for r in records if r.pid is not None or r.camid is not None})
+def described(configured: Configured) -> list[dict[str, Any]]:
+    """What manifests and results say of the sources: name, published title where there is one, settings."""
+    told = []
+    for name, config in configured:
+        published = getattr(sources.find(name), "published", None)
+        title = {"title": published(config).title} if published else {}
+        told.append({"name": name, **title, **config.model_dump()})
+    return told
 
 
 def build_set(
@@ -77,15 +97,10 @@ def build_set(
     shared: keys that go to every source that has them. Labels of several sources may collide, so more than one source
     with labels needs `packing.drop_labels`.
     """
-    configured = _configure(wanted, shared or {})
+    configured = configure(wanted, shared or {})
     here = Path(out).resolve()
     for name, config in configured:
         inside = getattr(config, "path", None)
         if inside is not None and here.is_relative_to(Path(inside).resolve()):
             raise UserError(f"--out {out} lies inside {inside}, which is read as source {name}; choose a place outside")
-    records = list(_gather(configured))
-    both = _labelled(records) if len(configured) > 1 and not packing.drop_labels else []
-    if len(both) > 1:
-        names = ", ".join(configured[int(prefix[1:])][0] for prefix in both)
-        raise UserError(f"{names} all have labels, which may collide; pack each alone or set packing.drop_labels=true")
-    return pack(records, out, packing, images, [{"name": name} | config.model_dump() for name, config in configured])
+    return pack(gather(configured, packing.drop_labels), out, packing, images, described(configured))

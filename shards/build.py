@@ -10,6 +10,9 @@ from pathlib import Path
 from recipes.errors import UserError, plain_errors
 from recipes.load import load, recipe_path
 from shards.assembly import BuildConfig, build_set
+from shards.assembly import configure as configure_sources
+from shards.in_place import index_in_place
+from shards.published import sentences
 from shards.schema import Manifest
 
 EXAMPLES = """
@@ -26,6 +29,9 @@ examples:
 
   a folder that also holds other files; images that are damaged are left out and listed in skipped.txt
     python shards/build.py folder:crops --out sets/crops 'source.suffixes=[jpg, png]' images.on_bad=skip
+
+  tars that others made, used where they lie: only an index is written
+    python shards/build.py --in-place downloads/laion/{00000..00127}.tar s3://bucket/more/ --out sets/laion
 
   everything from a recipe
     python shards/build.py --recipe recipes/shards/market1501.yaml --out sets/market
@@ -54,20 +60,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder of the set; it must not exist or be this very set"
     )
     parser.add_argument("--recipe", help="YAML with the sections sources, packing, images")
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="what is given are tars, folders of tars or URLs of tars: index them and copy nothing",
+    )
     return parser.parse_intermixed_args(arguments)
 
 
 def configure(given: list[str], recipe: str | None) -> BuildConfig:
     """Recipe, sources and overrides -> config."""
     overrides = [text for text in given if OVERRIDE.match(text)]
-    sources = [text.partition(":") for text in given if not OVERRIDE.match(text)]
-    if sources:
-        mappings = [{"name": name} | ({"path": path} if path else {}) for name, _, path in sources]
+    named = [text.partition(":") for text in given if not OVERRIDE.match(text)]
+    if named:
+        mappings = [{"name": name} | ({"path": path} if path else {}) for name, _, path in named]
         overrides.append(f"sources={json.dumps(mappings, ensure_ascii=False)}")
     if recipe is None:
-        if not sources:
+        if not named:
             raise UserError("nothing to pack: name a source, for example folder:crops, or give --recipe")
-        own = f"shards/{sources[0][0]}.yaml"
+        own = f"shards/{named[0][0]}.yaml"
         recipe = own if recipe_path(own).is_file() else "shards/folder.yaml"
     return load(BuildConfig, recipe, overrides)
 
@@ -89,17 +100,35 @@ def table(manifest: Manifest, seconds: float) -> str:
     return "\n".join(lines)
 
 
+def index_tars(given: list[str], out: Path) -> Manifest:
+    """Tars by path, folder or URL, and settings -> a set that refers to them."""
+    overrides = [text for text in given if OVERRIDE.match(text)]
+    config = load(BuildConfig, "shards/folder.yaml", overrides)
+    if config.images.max_height is not None or config.packing.drop_labels:
+        raise UserError(
+            "--in-place changes no bytes: images.max_height and packing.drop_labels need the tars packed anew"
+        )
+    split = config.source.get("split", "unlabeled")
+    places = [text for text in given if not OVERRIDE.match(text)]
+    return index_in_place(places, out, split, config.packing.workers, config.images.on_bad)
+
+
 def main(arguments: list[str]) -> int:
     """Pack and print what was packed."""
     options = parse(arguments)
-    config = configure(options.given, options.recipe)
-    began = time.monotonic()
+    began, notes = time.monotonic(), []
     try:
-        manifest = build_set(config.sources, options.out, config.packing, config.images, config.source)
+        if options.in_place:
+            manifest = index_tars(options.given, options.out)
+        else:
+            config = configure(options.given, options.recipe)
+            manifest = build_set(config.sources, options.out, config.packing, config.images, config.source)
+            if len(config.sources) == 1 and not config.packing.drop_labels and config.packing.splits is None:
+                notes = sentences(*configure_sources(config.sources, config.source)[0], manifest)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
-    print(table(manifest, time.monotonic() - began))
+    print("\n".join([table(manifest, time.monotonic() - began), *notes]))
     return 0
 
 

@@ -38,8 +38,12 @@ def _bad(origin: str, fault: str) -> BadImage:
     return BadImage(f"{origin} {fault}; mend or remove it, or leave such files out with images.on_bad=skip")
 
 
-def _open(data: bytes, origin: str) -> Image.Image:
-    """The decoded image in its own mode; BadImage if the bytes are not a complete JPEG, PNG, WebP or BMP."""
+def _open(data: bytes, origin: str, verify: bool = False) -> Image.Image:
+    """The decoded image in its own mode; BadImage if the bytes are not a complete JPEG, PNG, WebP or BMP.
+
+    verify: a JPEG comes back in an eighth of its size. All its bytes are read and decoded, only most of the inverse
+    transform is left out, so the same damage is found in three quarters of the time.
+    """
     if not data:
         raise _bad(origin, "is empty (0 bytes)")
     try:
@@ -55,6 +59,8 @@ def _open(data: bytes, origin: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if verify:
+                image.draft(None, (1, 1))
             image.load()
     except (*DAMAGE, Image.DecompressionBombError) as error:
         raise _bad(origin, f"is a damaged or truncated {image.format} image ({len(data)} bytes)") from error
@@ -63,7 +69,8 @@ def _open(data: bytes, origin: str) -> Image.Image:
 
 def decode(data: bytes, origin: str = "an image") -> Image.Image:
     """Encoded bytes -> RGB image. An orientation tag is not applied, as in the published training code."""
-    return _open(data, origin).convert("RGB")
+    image = _open(data, origin)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def check(data: bytes, origin: str, config: ImagesConfig) -> tuple[bytes, str]:
@@ -72,7 +79,7 @@ def check(data: bytes, origin: str, config: ImagesConfig) -> tuple[bytes, str]:
     An image higher than `config.max_height` comes back as a JPEG of that height with the same aspect ratio, every
     other one untouched. origin: path or description that opens the sentence of BadImage.
     """
-    image = _open(data, origin)
+    image = _open(data, origin, verify=config.max_height is None)
     if config.max_height is None or image.height <= config.max_height:
         return data, EXTENSIONS[image.format or ""]
     width = max(1, round(image.width * config.max_height / image.height))

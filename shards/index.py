@@ -6,20 +6,26 @@ here: webdataset's own stream ends without a word when the cut falls on a member
 
 import json
 import os
-import tarfile
+import tokenize
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from recipes.errors import UserError
+from shards.members import Fault, Member, Tar
 from shards.schema import UNKNOWN
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
 META_SUFFIXES = ("json", "txt")  # in order of preference; a .txt is taken as one caption
-BLOCK = 512  # bytes; the unit of a tar
+IMAGES, METAS = ([suffix.encode() for suffix in suffixes] for suffixes in (IMAGE_SUFFIXES, META_SUFFIXES))
+META_LIMIT = 1 << 20  # bytes of the label fields of a sample
+KEY_LIMIT = 1024  # bytes; all rows of an index are as long as the longest key asks for
+# what numpy raises for the header of a damaged .npy, which it reads as Python
+DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError, tokenize.TokenError)
 FIELDS = [
     ("shard", "<u4"),  # position of the tar in the list that the index was built from
     ("offset", "<u8"),  # bytes from the start of the tar to the encoded image
@@ -27,6 +33,7 @@ FIELDS = [
     ("crc", "<u4"),  # crc32 of the encoded image
     ("meta_offset", "<u8"),  # bytes from the start of the tar to the label fields
     ("meta_length", "<u4"),  # bytes of the label fields; 0 = the sample has none
+    ("meta_crc", "<u4"),  # crc32 of the label fields, 0 if there are none
     ("pid", "<i8"),  # UNKNOWN where the sample has none
     ("camid", "<i4"),  # 0-based, UNKNOWN where the sample has none
 ]
@@ -35,18 +42,6 @@ FIELDS = [
 def row_type(key_bytes: int) -> np.dtype:
     """The record type of an index whose longest key has `key_bytes` bytes of UTF-8."""
     return np.dtype([*FIELDS, ("key", f"S{max(1, key_bytes)}")])
-
-
-@dataclass
-class _Group:
-    """The members of one sample while the tar is scanned; (0, 0, 0) is offset, length and crc of what is absent."""
-
-    key: str
-    image: tuple[int, int, int] = (0, 0, 0)
-    meta: tuple[int, int, int] = (0, 0, 0)
-    meta_suffix: str = ""
-    labels: tuple[int, int] = (UNKNOWN, UNKNOWN)
-    suffixes: set[str] = field(default_factory=set)
 
 
 def read_meta(data: bytes, origin: str = "a sample") -> tuple[int, int, tuple[str, ...]]:
@@ -58,76 +53,155 @@ def read_meta(data: bytes, origin: str = "a sample") -> tuple[int, int, tuple[st
     text = data.decode("utf-8", errors="replace")
     try:
         tree = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
         return UNKNOWN, UNKNOWN, (text.strip(),) if text.strip() else ()
     labels = [tree.get(name) for name in ("pid", "camid")]
-    for name, value in zip(("pid", "camid"), labels, strict=True):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise UserError(f"{origin} has {name} {value!r} in its json; an integer is expected")
+    for name, value, bits in zip(("pid", "camid"), labels, (63, 31), strict=True):
+        if value is not None and (type(value) is not int or value.bit_length() > bits):
+            raise UserError(f"{origin} has {name} {value!r:.80} in its json; an integer is expected")
     captions = tree.get("captions", tree.get("caption")) or ()
     captions = (captions,) if isinstance(captions, str) else captions
     pid, camid = (UNKNOWN if value is None else value for value in labels)
     return pid, camid, tuple(str(caption) for caption in captions)
 
 
-def _split_name(name: str) -> tuple[str, str]:
+@dataclass(slots=True)
+class _Group:
+    """The members of one sample while the tar is scanned; (0, 0, 0) is offset, length and crc of what is absent."""
+
+    key: bytes
+    header: int  # where its first member begins
+    image: tuple[int, int, int] = (0, 0, 0)
+    meta: tuple[int, int, int] = (0, 0, 0)
+    labels: tuple[int, int] = (UNKNOWN, UNKNOWN)
+    suffixes: tuple[bytes, ...] = ()
+    torn: bool = False  # it is next to damage, where other members of it may have been
+    doubtful: bool = False  # it follows damage, where a header with the rest of its name may have been
+    fault: tuple[str, str] | None = None  # kind, what is wrong
+
+    @property
+    def shown(self) -> str:
+        return self.key.decode("utf-8", "backslashreplace")
+
+
+class Scan(NamedTuple):
+    """What a tar holds."""
+
+    rows: np.ndarray  # of `row_type`, in the order of the tar: the whole samples
+    faults: list[Fault]
+    size: int  # bytes of the file
+    crc32: int  # of the whole file; 0 if it was not asked for
+
+
+def _split_name(name: bytes) -> tuple[bytes, bytes]:
     """Member name -> (key, suffix) as webdataset has it: the suffix begins at the first dot of the last part."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, suffix = last.partition(".")
-    return folder + slash + stem, suffix.lower()
+    folder, slash, last = name.rpartition(b"/")
+    stem, _, suffix = last.partition(b".")
+    return folder + slash + stem if stem else b"", suffix.lower()
 
 
-def _end_of_archive(path: Path, end: int) -> None:
-    """A tar ends with two blocks of zeros; without them it was cut or never finished."""
-    with path.open("rb") as file:
-        file.seek(end)
-        tail = file.read(2 * BLOCK)
-    if tail != bytes(2 * BLOCK):
-        raise UserError(
-            f"{path} is cut short or damaged: no end-of-archive mark at byte {end}, where its last whole member ends; "
-            "fetch or build this tar again"
-        )
+def _take_meta(group: _Group, suffix: bytes, member: Member, tar: Tar) -> None:
+    if member.size > META_LIMIT:
+        group.fault = "bad meta", f"sample {group.shown} has {member.size} bytes of labels; {META_LIMIT} are allowed"
+        return
+    data = tar.at(member.offset, member.size)
+    group.meta = member.offset, member.size, zlib.crc32(data)
+    group.labels = UNKNOWN, UNKNOWN
+    if suffix == b"json":
+        try:
+            group.labels = read_meta(bytes(data), f"sample {group.shown}")[:2]
+        except UserError as error:
+            group.fault = "bad meta", str(error)
 
 
-def _take(group: _Group, suffix: str, place: tuple[int, int, int], data: bytes, path: Path) -> None:
-    """Note one member of a sample."""
+def _take(group: _Group, suffix: bytes, member: Member, tar: Tar) -> None:
+    """Note one member of a sample; of several faults the first."""
+    if group.fault:
+        return
     if suffix in group.suffixes:
-        raise UserError(f"{path} holds {group.key}.{suffix} twice")
-    group.suffixes.add(suffix)
-    if suffix in IMAGE_SUFFIXES:
+        group.fault = "duplicate member", f"holds {group.shown}.{suffix.decode('utf-8', 'backslashreplace')} twice"
+        return
+    group.suffixes += (suffix,)
+    if suffix in IMAGES:
         if group.image[1]:
-            raise UserError(f"{path}: sample {group.key} has two images ({', '.join(sorted(group.suffixes))})")
-        group.image = place
-    elif suffix in META_SUFFIXES and group.meta_suffix != META_SUFFIXES[0]:
-        group.meta, group.meta_suffix = place, suffix
-        group.labels = read_meta(data, f"{path}: sample {group.key}")[:2] if suffix == "json" else (UNKNOWN, UNKNOWN)
+            images = ", ".join(sorted(each.decode() for each in group.suffixes if each in IMAGES))
+            group.fault = "two images", f"sample {group.shown} has two images ({images})"
+        elif member.size >= 1 << 32:
+            group.fault = "too large", f"sample {group.shown} has an image of {member.size} bytes"
+        else:
+            group.image = member.offset, member.size, tar.crc32(member.offset, member.size)
+    elif suffix in METAS and (not group.meta[0] or METAS.index(suffix) == 0):
+        _take_meta(group, suffix, member, tar)
 
 
-def _groups(path: Path) -> list[_Group]:
+def _groups(tar: Tar) -> list[_Group]:
     """All samples of a tar in their order: neighbouring members with one key."""
     groups: list[_Group] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # tarfile keeps all headers otherwise
-                key, suffix = _split_name(member.name)
-                if not member.isreg() or not suffix or key == "" or key.endswith("/"):
-                    continue
-                reader = tar.extractfile(member)
-                assert reader is not None, "a regular member can be read"
-                data = reader.read()
-                if not groups or groups[-1].key != key:
-                    groups.append(_Group(key))
-                _take(groups[-1], suffix, (member.offset_data, member.size, zlib.crc32(data)), data, path)
-            end = tar.offset  # where the header after the last whole member would be
-    except FileNotFoundError as error:
-        raise UserError(f"tar {path} does not exist") from error
-    except tarfile.ReadError as error:
-        raise UserError(f"{path} is not a whole, uncompressed tar ({error}); fetch or build this tar again") from error
-    _end_of_archive(path, end)
+    faults = 0
+    for member in tar.members():
+        key, suffix = _split_name(member.name)
+        if not suffix or not key:
+            continue
+        if member.doubtful and groups:
+            groups[-1].torn = True
+        if not groups or groups[-1].key != key:
+            groups.append(_Group(key, member.header))
+        if member.doubtful:
+            groups[-1].torn = groups[-1].doubtful = True
+        _take(groups[-1], suffix, member, tar)
+        faults = len(tar.faults)
+    if groups and len(tar.faults) > faults:
+        groups[-1].torn = True
     return groups
+
+
+def _find_faults(groups: list[_Group], extended: bool) -> None:
+    """Note what is wrong with a sample by itself or among the others. extended: the tar has long names."""
+    with_json = sum(b"json" in group.suffixes for group in groups)
+    usual = {group.suffixes for group in groups if not group.torn} if any(group.torn for group in groups) else set()
+    seen: set[bytes] = set()
+    for group in groups:
+        if group.fault:
+            continue
+        if not group.image[1]:
+            there = sorted(suffix.decode("utf-8", "backslashreplace") for suffix in group.suffixes)
+            group.fault = "half sample", f"holds half a sample: {group.shown} has {there} but no image"
+        elif with_json and b"json" not in group.suffixes:
+            group.fault = "half sample", f"holds half a sample: {group.shown} has no json, though {with_json} others do"
+        elif (extended and group.doubtful) or (group.torn and not with_json and group.suffixes not in usual):
+            group.fault = "half sample", f"may hold half a sample: {group.shown} is next to damage"
+        elif len(group.key) > KEY_LIMIT:
+            group.fault = "key too long", f"holds a key of {len(group.key)} bytes; {KEY_LIMIT} are allowed"
+        elif group.key in seen:
+            group.fault = "duplicate key", f"holds the key {group.shown} twice"
+        seen.add(group.key)
+
+
+def inspect_tar(path: Path | str, shard: int = 0, whole: bool = False) -> Scan:
+    """Scan a tar that may be damaged: the rows of its whole samples, and everything that is wrong with the others.
+
+    shard: the number that goes into the rows. whole: take the crc32 of the whole file too, in the same pass. After a
+    damaged header the scan goes on at the next whole one. UserError if the tar cannot be read at all.
+    """
+    try:
+        with Tar(path, whole) as tar:
+            groups = _groups(tar)
+            _find_faults(groups, tar.extended)
+            faults, size, crc = tar.faults, tar.size, tar.finish() if whole else 0
+    except OSError as error:
+        raise UserError(f"tar {path} cannot be read: {error.strerror}") from error
+    for group in groups:
+        if group.fault:
+            kind, what = group.fault
+            key = group.key.decode("utf-8", "surrogateescape")
+            sentence = f"{path} {what}" if what.startswith(("holds", "may")) else f"{path}: {what}"
+            faults.append(Fault(kind, key, group.header, sentence))
+    taken = [group for group in groups if not group.fault]
+    cells = [(shard, *group.image, *group.meta, *group.labels, group.key) for group in taken]
+    rows = np.array(cells, dtype=row_type(max((len(group.key) for group in taken), default=1)))
+    return Scan(rows, faults, size, crc)
 
 
 def scan_tar(path: Path | str, shard: int = 0) -> np.ndarray:
@@ -136,23 +210,10 @@ def scan_tar(path: Path | str, shard: int = 0) -> np.ndarray:
     shard: the number that goes into the rows. UserError naming the tar if it is cut short, holds a sample without an
     image, a sample without json among others that have one, or a key twice.
     """
-    path = Path(path)
-    groups = _groups(path)
-    with_json = sum("json" in group.suffixes for group in groups)
-    seen: set[str] = set()
-    for group in groups:
-        if not group.image[1]:
-            raise UserError(f"{path} holds half a sample: {group.key} has {sorted(group.suffixes)} but no image")
-        if with_json and "json" not in group.suffixes:
-            raise UserError(f"{path} holds half a sample: {group.key} has no json, though {with_json} others do")
-        if group.key in seen:
-            raise UserError(f"{path} holds the key {group.key} twice")
-        seen.add(group.key)
-    keys = [group.key.encode("utf-8", errors="surrogateescape") for group in groups]
-    rows = np.zeros(len(groups), dtype=row_type(max(map(len, keys), default=1)))
-    for number, (group, key) in enumerate(zip(groups, keys, strict=True)):
-        rows[number] = (shard, *group.image, *group.meta[:2], *group.labels, key)
-    return rows
+    scan = inspect_tar(path, shard)
+    if scan.faults:
+        raise UserError(scan.faults[0].sentence)
+    return scan.rows
 
 
 def join(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -184,7 +245,7 @@ def load(path: Path | str) -> np.ndarray:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"index {path} does not exist") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, *DAMAGE) as error:
         raise UserError(f"index {path} is damaged ({error}); build the set again") from error
     if rows.ndim != 1 or rows.dtype != row_type(rows.dtype["key"].itemsize if "key" in (rows.dtype.names or ()) else 1):
         raise UserError(f"index {path} does not hold the fields of a sample index; build the set again")

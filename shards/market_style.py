@@ -4,22 +4,18 @@ Names are `PPPP_cC...` (for example `0002_c1s1_000451_03.jpg`): P identity, -1 f
 camera, counted from 1 in the name and from 0 here.
 """
 
-import functools
+import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from recipes.errors import UserError
 from shards.schema import Record
+from shards.walking import IMAGE_ENDINGS, read_file, without_suffix
 
 FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}  # sub-folder -> split
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 NAME = re.compile(r"(-?\d+)_c(\d+)")
-
-
-def read_file(path: Path) -> bytes:
-    """Content of a file. Module-level, so that a record which holds it can go to another process."""
-    return path.read_bytes()
 
 
 def find_root(path: Path, dataset: str) -> Path:
@@ -39,18 +35,24 @@ def find_root(path: Path, dataset: str) -> Path:
     )
 
 
-def _record(file: Path, folder: str, cameras: int, dataset: str) -> Record:
-    match = NAME.match(file.name)
+def image_names(folder: Path) -> list[str]:
+    """Names of the images directly in a folder, sorted; files that are no images are passed over."""
+    names = (entry.name for entry in os.scandir(folder) if entry.is_file())
+    return sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS) and name[0] != ".")
+
+
+def _record(root: Path, folder: str, name: str, cameras: int, dataset: str) -> Record:
+    path = os.path.join(root, folder, name)
+    match = NAME.match(name)
     if not match:
         raise UserError(
-            f"{file} is not named like an image of {dataset} (identity_cCAMERA..., 0002_c1s1_000451_03.jpg)"
+            f"{path} is not named like an image of {dataset} (identity_cCAMERA..., 0002_c1s1_000451_03.jpg)"
         )
     pid, camera = int(match[1]), int(match[2])
     if not 1 <= camera <= cameras:
-        raise UserError(f"{file} names camera {camera}; {dataset} has the cameras 1 to {cameras}")
-    key = f"{folder}/{file.stem}".replace(".", "_")
-    read = functools.partial(read_file, file)
-    return Record(key, FOLDERS[folder], read, pid=pid, camid=camera - 1, origin=str(file))
+        raise UserError(f"{path} names camera {camera}; {dataset} has the cameras 1 to {cameras}")
+    key = f"{folder}/{without_suffix(name)}".replace(".", "_")
+    return Record(key, FOLDERS[folder], partial(read_file, path), pid=pid, camid=camera - 1, origin=path)
 
 
 def read_folders(path: Path, dataset: str, cameras: int, keep_junk: bool = False) -> Iterator[Record]:
@@ -59,13 +61,12 @@ def read_folders(path: Path, dataset: str, cameras: int, keep_junk: bool = False
     cameras: the highest camera number in a name. keep_junk: give the images of identity -1 too, which the published
     protocol leaves out when it loads.
     """
-    root = find_root(Path(path), dataset)
+    root = find_root(path, dataset)
     for folder in FOLDERS:
-        files = sorted(file for file in (root / folder).iterdir() if file.suffix.lower() in SUFFIXES)
-        files = [file for file in files if not file.name.startswith(".")]
-        if not files:
+        names = image_names(root / folder)
+        if not names:
             raise UserError(f"{root / folder} holds no images; unpack {dataset} again")
-        for file in files:
-            record = _record(file, folder, cameras, dataset)
+        for name in names:
+            record = _record(root, folder, name, cameras, dataset)
             if record.pid != -1 or keep_junk:
                 yield record

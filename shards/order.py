@@ -7,6 +7,8 @@ positions n = r (mod R), R dividing C, touches only its own lanes, from front to
 """
 
 import functools
+from bisect import bisect_right
+from collections.abc import Iterable
 
 import numpy as np
 from pydantic import Field
@@ -34,29 +36,38 @@ class EpochOrder:
         sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.total = int(sizes.sum())
         self.shards = generator(seed, "order/shards", epoch).permutation(len(sizes))
-        self.ends = np.cumsum(sizes[self.shards])  # in the shuffled sequence
-        self.first_row = (np.cumsum(sizes) - sizes)[self.shards]
+        ends = np.cumsum(sizes[self.shards])  # in the shuffled sequence
+        # lists, because one number is looked up in them at a time; a row is a place plus the shift of its shard
+        self.ends = ends.tolist()
+        self.shift = ((np.cumsum(sizes) - sizes)[self.shards] - (ends - sizes[self.shards])).tolist()
         # the slots that hold one sample more are the first ones, so that positions 0..N-1 have no gap
         lengths = self.total // self.lanes + (np.arange(self.lanes) < self.total % self.lanes)
         turn = generator(seed, "order/lanes", epoch).permutation(self.lanes)
         starts = np.empty(self.lanes, dtype=np.int64)
         starts[turn] = np.cumsum(lengths[turn]) - lengths[turn]
-        self.lane_start, self.lane_length = starts, lengths
+        self.lane_start, self.lane_length = starts.tolist(), lengths.tolist()
         self._window = functools.lru_cache(maxsize=2 * self.lanes)(self._shuffle_window)
 
-    def _shuffle_window(self, slot: int, number: int) -> np.ndarray:
-        size = min(self.window, int(self.lane_length[slot]) - number * self.window)
-        return generator(self.seed, "order/window", self.epoch, slot, number).permutation(size)
+    def _shuffle_window(self, slot: int, number: int) -> list[int]:
+        start = number * self.window
+        size = min(self.window, self.lane_length[slot] - start)
+        order = generator(self.seed, "order/window", self.epoch, slot, number).permutation(size)
+        return (order + (self.lane_start[slot] + start)).tolist()
 
     def row(self, n: int) -> int:
         """Row number of the n-th sample of the epoch, 0 <= n < total."""
         assert 0 <= n < self.total, f"position {n} outside an epoch of {self.total} samples"
         turn, slot = divmod(n, self.lanes)
         number, inside = divmod(turn, self.window)
-        place = int(self.lane_start[slot]) + number * self.window + int(self._window(slot, number)[inside])
-        shard = int(np.searchsorted(self.ends, place, side="right"))
-        before = int(self.ends[shard - 1]) if shard else 0
-        return int(self.first_row[shard]) + place - before
+        place = self._window(slot, number)[inside]
+        return place + self.shift[bisect_right(self.ends, place)]
+
+    def shards_near(self, turn: int, slot: int) -> range:
+        """Places, in the shuffled sequence, of the shards from which lane `slot` reads in this window and the next."""
+        start = turn // self.window * self.window
+        first = self.lane_start[slot] + start
+        last = self.lane_start[slot] + min(start + 2 * self.window, self.lane_length[slot]) - 1
+        return range(bisect_right(self.ends, first), bisect_right(self.ends, last) + 1)
 
 
 class Order:
@@ -73,6 +84,20 @@ class Order:
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, n = divmod(position, self.samples)
         return epoch, self._epoch(epoch).row(n)
+
+    def shards_near(self, positions: Iterable[int]) -> list[int]:
+        """Shards that hold these positions or come next in their lanes: what to fetch, the most urgent ones first."""
+        seen: dict[tuple[int, int], None] = {}
+        for position in positions:
+            epoch, n = divmod(position, self.samples)
+            order = self._epoch(epoch)
+            turn, slot = divmod(n, order.lanes)
+            places = order.shards_near(turn, slot)
+            for distance, place in enumerate(places):
+                shard = int(order.shards[place])
+                if self.sizes[shard]:
+                    seen.setdefault((distance, shard))
+        return list(dict.fromkeys(shard for _, shard in sorted(seen, key=lambda pair: pair[0])))
 
     def __getstate__(self) -> tuple:
         return self.sizes, self.seed, self.config

@@ -1,127 +1,119 @@
-"""Samples of one or several shard sets by their row number: random access through the index, one `pread` a sample."""
+"""Samples of one or several sets by their row number: random access, one `pread` for the row and one for the bytes."""
 
 import functools
-import os
-import threading
-import zlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from recipes.errors import UserError
-from shards import index
-from shards.schema import FORMAT_VERSION, MANIFEST, SPLITS, Manifest, Sample, index_name
-
-OPEN_FILES = 64  # shards held open at a time by one process
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a shard set. Raises UserError when the folder is none."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        what = "does not exist" if not Path(folder).exists() else f"is no shard set (it holds no {MANIFEST})"
-        raise UserError(f"shard set {folder} {what}; pack one with `python shards/build.py SOURCE:PATH --out {folder}`")
-    try:
-        manifest = Manifest.model_validate_json(path.read_text())
-    except (ValidationError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); pack the set again") from error
-    if manifest.format_version != FORMAT_VERSION:
-        found = manifest.format_version
-        raise UserError(f"{path} has format {found}, this version reads {FORMAT_VERSION}; pack the set again")
-    return manifest
+from shards import keep_list, remote, unpacked
+from shards.cache import CacheConfig, ShardCache
+from shards.manifests import read_manifest
+from shards.packed import PackedSplit
+from shards.schema import SPLITS, Sample
+from shards.unpacked import UnpackedSplit
 
 
 class ShardReader:
     """The samples of the given splits of the given sets, in the order of sets, splits, shards.
 
-    `reader[row]` is a Sample. pids, camids: int64 [N], UNKNOWN where a sample has none. shard_sizes: int64 [S].
-    Raises UserError naming the folder, and for a sample whose bytes do not have the crc of the index, the shard.
+    paths: each the folder or the URL of a packed set, or SOURCE:PATH for a data set in its own folder. keep: a
+    keep-list (see keep_list.py); only its samples are there then. cache: where the shards of remote sets go. captions:
+    also read the captions, which costs a second read a sample.
+    `reader[row]` is a Sample; BadSample if its bytes are damaged. pids, camids: int64 [N], UNKNOWN where a sample has
+    none. keys: bytes [N]. shard_sizes: int64 [S]. identity: tells sets and splits apart, keep-list aside. sources: what
+    the sets were packed from. Raises UserError naming the folder.
     """
 
-    def __init__(self, paths: Sequence[Path | str], splits: Sequence[str] | str):
+    def __init__(
+        self,
+        paths: Sequence[Path | str],
+        splits: Sequence[str] | str,
+        keep: Path | None = None,
+        cache: CacheConfig | None = None,
+        captions: bool = False,
+    ):
         splits = [splits] if isinstance(splits, str) else list(splits)
         for split in splits:
             if split not in SPLITS:
                 raise UserError(f"{split!r} is no split; known are {', '.join(SPLITS)}")
-        self.tars: list[Path] = []
-        sizes: list[int] = []
-        parts: list[tuple[np.ndarray, int]] = []  # rows of an index, number of its first tar
-        for folder in map(Path, paths):
-            manifest = read_manifest(folder)
-            taken = [split for split in splits if split in manifest.splits]
+        self.parts: list[PackedSplit | UnpackedSplit] = []
+        self.sources: list[dict[str, Any]] = []
+        sets = []
+        store = ShardCache(cache or CacheConfig())
+        for path in map(str, paths):
+            if unpacked.is_source(path):
+                have, digest, sources = unpacked.splits_of(path)
+                taken = [split for split in splits if split in have]
+                self.parts += [UnpackedSplit(path, split) for split in taken]
+            else:
+                manifest = read_manifest(path)
+                have, digest, sources = list(manifest.splits), manifest.packing["plan"], manifest.sources
+                taken = [split for split in splits if split in have]
+                held = (
+                    store if remote.is_remote(path) or any(remote.is_remote(e.name) for e in manifest.shards) else None
+                )
+                self.parts += [PackedSplit(path, manifest, split, held, captions) for split in taken]
             if not taken:
-                have = ", ".join(manifest.splits)
-                raise UserError(f"shard set {folder} holds none of the splits {', '.join(splits)}; it has {have}")
-            for split in taken:
-                parts.append((index.load(folder / index_name(split)), len(self.tars)))
-                shards = [shard for shard in manifest.shards if shard.split == split]
-                self.tars += [folder / shard.name for shard in shards]
-                sizes += [shard.samples for shard in shards]
-        self.parts = parts
-        self.ends = np.cumsum([len(rows) for rows, _ in parts])
-        self.shard_sizes = np.array(sizes, dtype=np.int64)
-        if int(self.shard_sizes.sum()) != len(self):
-            raise UserError(f"manifest and index of {', '.join(map(str, paths))} count different samples; pack again")
-        self.files: OrderedDict[int, int] = OrderedDict()  # tar number -> file descriptor
-        self.lock = threading.Lock()
+                raise UserError(
+                    f"shard set {path} holds none of the splits {', '.join(splits)}; it has {', '.join(have)}"
+                )
+            sets.append({"plan": digest, "splits": taken})
+            self.sources += sources
+        self.ends = np.cumsum([len(part) for part in self.parts]).tolist()
+        self.total = self.ends[-1] if self.ends else 0
+        self.shard_sizes = np.concatenate([np.zeros(0, np.int64), *(part.shard_sizes for part in self.parts)])
+        self.first_shard = np.cumsum([0, *(len(part.shard_sizes) for part in self.parts)]).tolist()
+        self.identity = {"sets": sets, "samples": self.total}
+        self.kept: np.ndarray | None = None
+        if keep is not None:
+            rows = keep_list.load(Path(keep), self)
+            ends = np.cumsum(self.shard_sizes)
+            self.shard_sizes = np.diff(np.searchsorted(rows, ends), prepend=0)
+            self.kept, self.total = rows, len(rows)
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.total
+
+    def _column(self, name: str) -> np.ndarray:
+        whole = np.concatenate([part.column(name) for part in self.parts])
+        return whole if self.kept is None else whole[self.kept]
 
     @functools.cached_property
     def pids(self) -> np.ndarray:
-        return np.concatenate([rows["pid"] for rows, _ in self.parts]).astype(np.int64)
+        return self._column("pid").astype(np.int64)
 
     @functools.cached_property
     def camids(self) -> np.ndarray:
-        return np.concatenate([rows["camid"] for rows, _ in self.parts]).astype(np.int64)
+        return self._column("camid").astype(np.int64)
 
-    @functools.cached_property
-    def keys(self) -> list[str]:
-        return [key.decode() for rows, _ in self.parts for key in rows["key"]]
+    @property
+    def keys(self) -> np.ndarray:
+        return self._column("key")
 
     def __getitem__(self, row: int) -> Sample:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        part = int(np.searchsorted(self.ends, row, side="right"))
-        rows, first_tar = self.parts[part]
-        entry = rows[row - (int(self.ends[part - 1]) if part else 0)]
-        tar = first_tar + int(entry["shard"])
-        key = entry["key"].decode()
-        image = self._read(tar, int(entry["offset"]), int(entry["length"]))
-        if zlib.crc32(image) != int(entry["crc"]):
-            raise UserError(f"sample {key!r} in {self.tars[tar]} is damaged: its bytes do not match the index")
-        captions: tuple[str, ...] = ()
-        if entry["meta_length"]:
-            meta = self._read(tar, int(entry["meta_offset"]), int(entry["meta_length"]))
-            _, _, captions = index.read_meta(meta, f"{key} in {self.tars[tar]}")
-        return Sample(key, image, int(entry["pid"]), int(entry["camid"]), captions)
+        if not 0 <= row < self.total:
+            raise IndexError(f"row {row} of {self.total}")
+        if self.kept is not None:
+            row = int(self.kept[row])
+        part = bisect_right(self.ends, row)
+        return self.parts[part][row - self.ends[part - 1] if part else row]
 
-    def _read(self, tar: int, offset: int, length: int) -> bytes:
-        with self.lock:  # another thread may close the descriptor between look-up and read
-            descriptor = self.files.pop(tar, None)
-            if descriptor is None:
-                try:
-                    descriptor = os.open(self.tars[tar], os.O_RDONLY)
-                except OSError as error:
-                    raise UserError(f"cannot open shard {self.tars[tar]}: {error.strerror}") from error
-            self.files[tar] = descriptor
-            if len(self.files) > OPEN_FILES:
-                os.close(self.files.popitem(last=False)[1])
-            return os.pread(descriptor, length, offset)
+    def ahead(self, shards: Iterable[int]) -> None:
+        """These shards (places in `shard_sizes`) will be read soon: fetch what is remote, in the background."""
+        for shard in shards:
+            part = bisect_right(self.first_shard, shard) - 1
+            self.parts[part].ahead([shard - self.first_shard[part]])
+
+    @property
+    def remote(self) -> bool:
+        """Whether any shard has to be fetched."""
+        return any(isinstance(part, PackedSplit) and part.cache is not None for part in self.parts)
 
     def close(self) -> None:
         """Close the shards."""
-        while self.files:
-            os.close(self.files.popitem()[1])
-
-    def __getstate__(self) -> dict:
-        # a worker opens its own descriptors
-        return {**self.__dict__, "files": OrderedDict(), "lock": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self.lock = threading.Lock()
+        for part in self.parts:
+            part.close()

@@ -68,6 +68,8 @@ class SplitCount(Section):
     images: int
     identities: int  # distinct pids > 0
     cameras: int
+    index_size: int  # bytes of the sample index
+    index_crc32: int
 
 
 class Manifest(Section):

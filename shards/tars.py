@@ -4,15 +4,15 @@ import io
 import json
 import os
 import tarfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from recipes.load import Section
 from shards import index
+from shards.catalogue import read_records
 from shards.images import BadImage, ImagesConfig, check
 from shards.packing import PlannedShard
-from shards.schema import Record, ShardEntry
+from shards.schema import BadSample, Record, ShardEntry
 
 PARTS = ".parts"  # folder inside the partial set: markers, the tars' indexes, tars that are being written
 
@@ -71,7 +71,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _write_tar(
-    path: Path, records: list[Record], images: ImagesConfig, advance: Callable[[], None] | None
+    path: Path, records: Iterable[Record], images: ImagesConfig, advance: Callable[[], None] | None
 ) -> list[str]:
     """Write the samples and give the sentences about those left out."""
     skipped = []
@@ -80,7 +80,7 @@ def _write_tar(
             for record in records:
                 try:
                     data, extension = _image(record, images)
-                except BadImage as error:
+                except BadSample as error:
                     if images.on_bad == "error":
                         raise
                     skipped.append(str(error))
@@ -95,24 +95,23 @@ def _write_tar(
 
 
 def write_shard(
-    shard: PlannedShard, folder: Path, images: ImagesConfig, advance: Callable[[], None] | None = None
+    shard: PlannedShard, spool: Path, folder: Path, images: ImagesConfig, advance: Callable[[], None] | None = None
 ) -> Marker:
-    """Write one tar of the plan into the partial folder, with its index and its marker. Module-level for the pool."""
+    """Write one tar of the plan into the partial folder, with its index and its marker. Module-level for the pool.
+
+    spool: of the catalogue that the plan was made of.
+    """
     parts = folder / PARTS
     # a process that outlived its killed parent may be at the same tar: each has its own file until the rename
     beside = parts / f"{shard.name}.{os.getpid()}"
-    skipped = _write_tar(beside, shard.records, images, advance)
-    rows = index.scan_tar(beside)
-    assert len(rows) == len(shard.records) - len(skipped), "the tar holds what was written into it"
-    index.save(rows, parts / f"{shard.name}.npy")
-    crc = 0
-    with beside.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    size = beside.stat().st_size
+    skipped = _write_tar(beside, read_records(spool, shard.records), images, advance)
+    scan = index.inspect_tar(beside, whole=True)
+    assert not scan.faults, scan.faults
+    assert len(scan.rows) == len(shard.records) - len(skipped), "the tar holds what was written into it"
+    index.save(scan.rows, parts / f"{shard.name}.npy")
     beside.replace(folder / shard.name)
     sync_folder(folder)
-    entry = ShardEntry(name=shard.name, split=shard.split, samples=len(rows), size=size, crc32=crc)
+    entry = ShardEntry(name=shard.name, split=shard.split, samples=len(scan.rows), size=scan.size, crc32=scan.crc32)
     marker = Marker(entry=entry, skipped=skipped)
     write_file(parts / f"{shard.name}.json", marker.model_dump_json())
     return marker

@@ -5,16 +5,13 @@ A run that was killed continues: each tar of the partial folder has a marker, wr
 The tars are the same byte by byte whatever the number of processes and interruptions.
 """
 
+import contextlib
+import fcntl
+import functools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +20,69 @@ import numpy as np
 from recipes.errors import UserError
 from recipes.progress import Meter
 from shards import index
+from shards.catalogue import Catalogue, read_records
 from shards.images import ImagesConfig
+from shards.manifests import read_manifest, save_index
 from shards.packing import PackingConfig, Plan, PlannedShard, make_plan
-from shards.reader import read_manifest
-from shards.schema import (
-    FORMAT_VERSION,
-    MANIFEST,
-    SPLITS,
-    Manifest,
-    Record,
-    SplitCount,
-    index_name,
-)
+from shards.processes import cores, spread
+from shards.schema import FORMAT_VERSION, MANIFEST, SPLITS, Manifest, Record, index_name
 from shards.tars import PARTS, Marker, sync_folder, write_file, write_shard
 
 SKIPPED = "skipped.txt"  # beside the manifest, one sentence an image that was left out
+SPOOL, LOCK = "records", "lock"  # in the folder of parts
+ALONE = 2_000  # images that one process packs sooner than others have started
+FRAME = 1_536  # bytes around an image in a tar: two headers, the labels, padding
+WEIGHED = 64  # images read to estimate the size of a set
 
 
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; a process whose parent was killed ends itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only called in a child"
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _write_shards(todo: list[PlannedShard], folder: Path, images: ImagesConfig, workers: int, meter: Meter) -> None:
+def _write_shards(
+    todo: list[PlannedShard], spool: Path, folder: Path, images: ImagesConfig, workers: int, meter: Meter
+) -> None:
     """Write the tars that are not there yet."""
+    write = functools.partial(write_shard, spool=spool, folder=folder, images=images)
     if workers <= 1 or len(todo) <= 1:
         for shard in todo:
-            write_shard(shard, folder, images, meter.advance)
+            write(shard, advance=meter.advance)
         return
-    context = multiprocessing.get_context("spawn")  # forking a process with threads (progress bar, torch) may hang
-    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker)
+    for shard, _ in zip(todo, spread(write, todo, workers), strict=True):
+        meter.advance(len(shard.records))
+
+
+def _workers(packing: PackingConfig, todo: list[PlannedShard]) -> int:
+    if packing.workers is not None:
+        return packing.workers
+    return cores() if sum(len(shard.records) for shard in todo) > ALONE else 1
+
+
+@contextlib.contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """`<out>.partial` with its folder of parts, held by this process alone; empty, or as an interrupted run left it."""
+    partial = out.with_name(f"{out.name}.partial")
+    parts = partial / PARTS
+    if partial.exists() and not (partial.is_dir() and (parts.is_dir() or not any(partial.iterdir()))):
+        raise UserError(f"{partial} is in the way and not from an interrupted run; delete it or choose another --out")
+    parts.mkdir(parents=True, exist_ok=True)
+    lock = os.open(parts / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        tasks = {pool.submit(write_shard, shard, folder, images): len(shard.records) for shard in todo}
-        for task in as_completed(tasks):
-            task.result()
-            meter.advance(tasks[task])
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is packing {out} at this moment; wait for it or choose another --out"
+            ) from error
+        yield partial
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        os.close(lock)
 
 
 def _prepare(partial: Path, digest: str) -> None:
-    """An empty partial folder, or the one that an interrupted run of the same plan left."""
+    """Keep what an interrupted run of the same plan left, and nothing of another one."""
     stamp = partial / PARTS / "plan"
-    if partial.exists():
-        ours = partial.is_dir() and (stamp.exists() or not [p for p in partial.iterdir() if p.name != PARTS])
-        if not ours:
-            raise UserError(
-                f"{partial} is in the way and not from an interrupted run; delete it or choose another --out"
-            )
-        if stamp.exists() and stamp.read_text() == digest:
-            return
-        shutil.rmtree(partial)
-    (partial / PARTS).mkdir(parents=True)
+    if stamp.exists() and stamp.read_text() == digest:
+        return
+    for path in [*partial.iterdir(), *(partial / PARTS).iterdir()]:
+        if path.name not in (PARTS, SPOOL, LOCK):
+            path.unlink()
     write_file(stamp, digest)
 
 
@@ -115,6 +115,25 @@ def _existing(out: Path, digest: str) -> Manifest | None:
     return manifest
 
 
+def _check_space(out: Path, catalogue: Catalogue, todo: list[PlannedShard], images: ImagesConfig) -> None:
+    """Refuse before the first byte is written if the disk cannot hold the set, by the mean size of some images."""
+    count = sum(len(shard.records) for shard in todo)
+    free = shutil.disk_usage(out.parent).free
+    if images.max_height is not None or count * (1 << 20) < free:  # sizes change, or a megabyte an image fits
+        return
+    sizes = []
+    for record in read_records(catalogue.spool, catalogue.offsets[:: max(1, len(catalogue) // WEIGHED)]):
+        with contextlib.suppress(OSError, UserError):  # told when its turn comes
+            sizes.append(len(record.read()))
+    needed = count * (float(np.mean(sizes)) + FRAME) if sizes else 0.0
+    if needed > free:
+        raise UserError(
+            f"the set needs about {needed / 1e9:.1f} GB ({count:,} images of {np.mean(sizes) / 1e3:.1f} kB), "
+            f"but only {free / 1e9:.1f} GB are free in {out.parent}; choose another --out, or smaller images by "
+            "images.max_height"
+        )
+
+
 def _finish(partial: Path, plan: Plan, settings: dict[str, Any], shown: list[dict]) -> Manifest:
     """Join the indexes, then write the manifest."""
     markers = _markers(partial, plan)
@@ -129,13 +148,11 @@ def _finish(partial: Path, plan: Plan, settings: dict[str, Any], shown: list[dic
             rows = np.array(index.load(partial / PARTS / f"{entry.name}.npy"))
             rows["shard"] = number
             parts.append(rows)
-        rows = index.join(parts)
-        index.save(rows, partial / index_name(split))
-        pids, camids = np.unique(rows["pid"]), np.unique(rows["camid"])
-        splits[split] = SplitCount(images=len(rows), identities=int((pids > 0).sum()), cameras=int((camids >= 0).sum()))
+        splits[split] = save_index(index.join(parts), partial / index_name(split))
         entries += ours
     skipped = [sentence for marker in markers.values() for sentence in marker.skipped]
     if not entries:
+        shutil.rmtree(partial)
         raise UserError(f"none of the {len(skipped)} images can be decoded; the first: {skipped[0]}")
     for marker in markers.values():
         if not marker.entry.samples:  # all its images were left out
@@ -154,6 +171,19 @@ def _finish(partial: Path, plan: Plan, settings: dict[str, Any], shown: list[dic
     return manifest
 
 
+def _write(partial: Path, plan: Plan, packing: PackingConfig, images: ImagesConfig) -> None:
+    """Write what is missing of the plan's tars."""
+    _prepare(partial, plan.digest)
+    done = _markers(partial, plan)
+    if done:
+        print(f"continuing an interrupted run: {len(done)} of {len(plan.shards)} tars are in {partial}")
+    todo = [shard for shard in plan.shards if shard.name not in done]
+    _check_space(partial, plan.catalogue, todo, images)
+    total = len(plan.catalogue)
+    with Meter(total, "packing", start=total - sum(len(shard.records) for shard in todo)) as meter:
+        _write_shards(todo, plan.catalogue.spool, partial, images, _workers(packing, todo), meter)
+
+
 def pack(
     records: Iterable[Record],
     out: Path | str,
@@ -164,38 +194,30 @@ def pack(
     """Pack records into the shard set `out` and give its manifest; the set may be there already or be half done.
 
     configs: the source configs that the records came from, noted in the manifest. UserError for bad input, after which
-    nothing is left behind; after an interruption the same call continues.
+    nothing is left behind but finished tars; after that or an interruption the same call continues.
     """
     out = Path(os.path.abspath(out))
-    plan = make_plan(records, packing, images, configs)
-    if (manifest := _existing(out, plan.digest)) is not None:
-        print(f"{out} already holds this set; nothing to do")
-        shutil.rmtree(out / PARTS, ignore_errors=True)  # left when killed right after the rename
-        return manifest
-    partial = out.with_name(f"{out.name}.partial")
     settings = packing.model_dump(mode="json", exclude={"workers"}) | {"images": images.model_dump(mode="json")}
     try:
-        _prepare(partial, plan.digest)
-        done = _markers(partial, plan)
-        if done:
-            print(f"continuing an interrupted run: {len(done)} of {len(plan.shards)} tars are in {partial}")
-        todo = [shard for shard in plan.shards if shard.name not in done]
-        total = sum(len(shard.records) for shard in plan.shards)
-        start = total - sum(len(shard.records) for shard in todo)
-        try:
-            with Meter(total, "packing", start=start) as meter:
-                _write_shards(todo, partial, images, packing.workers, meter)
-            manifest = _finish(partial, plan, settings, json.loads(json.dumps(configs, default=str)))
-        except UserError:
-            shutil.rmtree(partial)
-            raise
-        partial.replace(out)
-        sync_folder(out.parent)
-        shutil.rmtree(out / PARTS)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a packing process died (out of memory?); the same command with fewer packing.workers continues"
-        ) from error
+        with _partial_folder(out) as partial:
+            try:
+                plan = make_plan(records, packing, images, configs, partial / PARTS / SPOOL)
+                manifest = _existing(out, plan.digest)
+                if manifest is not None:
+                    print(f"{out} already holds this set; nothing to do")
+                    shutil.rmtree(partial)
+                    shutil.rmtree(out / PARTS, ignore_errors=True)  # left when killed right after the rename
+                    return manifest
+                _write(partial, plan, packing, images)
+                manifest = _finish(partial, plan, settings, json.loads(json.dumps(configs, default=str)))
+            except UserError as error:
+                if kept := len(list((partial / PARTS).glob("*.tar.json"))):
+                    raise type(error)(f"{error} ({kept} finished tars are kept, the same command continues)") from error
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            partial.replace(out)
+            sync_folder(out.parent)
+            shutil.rmtree(out / PARTS)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}; what is done is kept, the same command continues") from error
     return manifest

@@ -61,11 +61,11 @@ def test_several_sources(raw, capsys):
     given = [f"folder:{raw / 'crops'}", f"market1501:{raw / 'market'}"]
     assert main([*given, "--out", str(raw / "mixed")]) == 0
     reader = ShardReader([raw / "mixed"], ["train", "unlabeled"])
-    assert sorted(key.partition("/")[0] for key in reader.keys) == ["s0"] * 5 + ["s1"] * 2
+    assert sorted(key.partition(b"/")[0] for key in reader.keys) == [b"s0"] * 5 + [b"s1"] * 2
     given.append(f"cuhk03_np:{raw / 'market'}")
     for path in (raw / "market").glob("*/0007_c6*"):
         path.rename(path.with_name("0007_c2s3_077419_03.jpg"))
-    with pytest.raises(UserError, match=r"market1501, cuhk03_np all have labels, which may collide"):
+    with pytest.raises(UserError, match=r"market1501 and cuhk03_np both have labels, which may collide"):
         main([*given, "--out", str(raw / "both")])
     assert main([*given, "--out", str(raw / "both"), "packing.drop_labels=true", "packing.splits=[train]"]) == 0
     assert len(ShardReader([raw / "both"], "unlabeled")) == 4
@@ -77,7 +77,7 @@ def test_recipes_and_what_replaces_them(raw):
     assert config.sources == [{"name": "market1501", "path": "x"}]
     assert config.packing.workers == 3
     config = configure([], "recipes/shards/cuhk03_np.yaml")
-    assert config.sources == [{"name": "cuhk03_np", "path": "cuhk03_np_detected"}]
+    assert config.sources == [{"name": "cuhk03_np", "path": "cuhk03_np_detected", "variant": None}]
     assert configure(["folder:/a=b:c"], None).sources == [{"name": "folder", "path": "/a=b:c"}]
     recipe = raw / "mine.yaml"
     recipe.write_text(f"sources:\n  - name: folder\n    path: {raw / 'crops'}\nimages:\n  quality: 50\n")
@@ -93,7 +93,10 @@ def test_recipes_and_what_replaces_them(raw):
         (["folder:nowhere"], "image folder nowhere does not exist"),
         (["folder:crops", "packing.shard_sample=3"], "unknown key 'packing.shard_sample'; .*'shard_samples'"),
         (["folder:crops", "packing.splits=[training]"], "training"),
-        (["folder:crops", "source.junk=true"], "source.junk is a key of no source given here; they have path, split"),
+        (
+            ["folder:crops", "source.junk=true"],
+            "source.junk is a key of no source given here; they have keep_suffix, path, split",
+        ),
         (["folder:crops", "source.split=val"], "source folder: split = 'val' is refused"),
         (["folder:crops", "--out", "crops/set"], "--out crops/set lies inside crops"),
         (["--recipe", "none.yaml"], "recipe none.yaml does not exist"),
@@ -134,4 +137,32 @@ def test_from_another_part(raw):
     wanted = [{"name": "folder", "path": str(raw / "crops")}]
     manifest = build_set(wanted, raw / "set", PackingConfig(), ImagesConfig(), {"split": "train"})
     assert manifest.splits["train"].images == 5
-    assert manifest.sources == [{"name": "folder", "path": str(raw / "crops"), "split": "train", "suffixes": None}]
+    (source,) = manifest.sources
+    assert source.items() >= {"name": "folder", "path": str(raw / "crops"), "split": "train"}.items()
+
+
+def test_tars_of_others_are_used_where_they_lie(raw, capsys):
+    main([f"folder:{raw / 'crops'}", "--out", str(raw / "packed"), "packing.shard_samples=2"])
+    tars = raw / "elsewhere"
+    tars.mkdir()
+    for number, path in enumerate(sorted((raw / "packed").glob("*.tar"))):
+        path.rename(tars / f"{number:05}.tar")
+    capsys.readouterr()
+    given = ["--in-place", str(tars / "{00000..00002}.tar"), "--out", str(raw / "set"), "source.split=train"]
+    assert main(given) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["train", "5", "0", "0", "3"]
+    assert not list((raw / "set").glob("*.tar"))
+    reader = ShardReader([raw / "set"], "train")
+    kept = {path.stem: path.read_bytes() for path in (raw / "crops").iterdir()}
+    assert {reader[row].key: reader[row].image for row in range(5)} == kept
+    with pytest.raises(UserError, match=r"--in-place changes no bytes: images.max_height"):
+        main(["--in-place", str(tars), "--out", str(raw / "other"), "images.max_height=8"])
+
+
+def test_counts_are_told_beside_the_published_ones(raw, capsys):
+    main([f"market1501:{raw / 'market'}", "--out", str(raw / "set")])
+    told = capsys.readouterr().out.splitlines()
+    assert "Market-1501: differs from what was published" in told
+    assert "  train: 2 images, 12,934 fewer than the published 12,936" in told
+    main([f"market1501:{raw / 'market'}", "--out", str(raw / "part"), "packing.splits=[train]"])
+    assert "published" not in capsys.readouterr().out

@@ -72,7 +72,7 @@ def test_patch_centre_is_the_mean_over_all_patches(make_student, make_batch, sha
     student, batch = make_student(shared=shared), make_batch(4)
     teacher = build_teacher(student)
     seen = teacher(batch)
-    images = teacher._images(batch.global_crops, batch.global_photometric)
+    images = teacher._images(batch.global_crops)
     tokens = teacher.backbone(images)
     every = teacher.head.patch_logits(teacher.head.bottleneck(tokens.patches)).double()
     assert torch.allclose(seen.patch_mean.double(), every.mean((0, 1)), atol=1e-6)

@@ -84,6 +84,30 @@ def test_damage_in_the_middle_never_escapes_as_another_error():
                 check(bytes(data), "x", ImagesConfig())
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_verifying_finds_what_decoding_finds(progressive):
+    """`check` decodes at an eighth of the size when the bytes pass through: it must refuse exactly the same files."""
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (30, 12, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((72, 180)).save(buffer, "JPEG", progressive=progressive)
+    refused = 0
+    for number in range(400):
+        data = bytearray(buffer.getvalue())
+        if number % 2:
+            del data[int(rng.integers(1, len(data))) :]
+        for place in rng.integers(0, len(data), size=number % 3):
+            data[place] ^= 1 << int(rng.integers(8))
+        found = []
+        for config in (ImagesConfig(), ImagesConfig(max_height=1000)):
+            with contextlib.suppress(BadImage):
+                check(bytes(data), "x", config)
+                found.append(config)
+        assert len(found) != 1, number
+        refused += not found
+    assert 100 < refused < 400
+
+
 def test_pixel_limit_is_an_error(monkeypatch):
     monkeypatch.setattr(images, "PIXEL_LIMIT", 24 * 48 - 1)
     with pytest.raises(BadImage, match="24 x 48 pixels, more than the limit"):

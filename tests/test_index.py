@@ -141,3 +141,79 @@ def test_load_refuses(tmp_path):
     np.save(tmp_path / "other.npy", np.zeros(3))
     with pytest.raises(UserError, match=r"other\.npy does not hold"):
         index.load(tmp_path / "other.npy")
+
+
+def test_tars_of_img2dataset(tmp_path):
+    members = []
+    for i in range(5):
+        told = {"caption": f"person {i}", "url": "http://x", "key": f"{i:09}", "status": "success", "width": 64}
+        members += [(f"{i:09}.jpg", b"image"), (f"{i:09}.json", json.dumps(told).encode()), (f"{i:09}.txt", b"no")]
+    path = write_tar(tmp_path / "00000.tar", members)
+    rows, raw = index.scan_tar(path), path.read_bytes()
+    assert rows["key"].tolist() == [b"%09d" % i for i in range(5)]
+    for i, row in enumerate(rows):
+        meta = raw[row["meta_offset"] :][: row["meta_length"]]
+        assert row["meta_crc"] == zlib.crc32(meta)
+        assert index.read_meta(meta) == (UNKNOWN, UNKNOWN, (f"person {i}",))
+
+
+@pytest.mark.parametrize("value", ["10000000000000000000", "-1e3", "true", "[4]"])
+def test_labels_that_do_not_fit(tmp_path, value):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"x"), ("0.json", b'{"pid": %s}' % value.encode())])
+    with pytest.raises(UserError, match=r"sample 0 has pid .*an integer is expected"):
+        index.scan_tar(path)
+
+
+def test_the_scan_goes_on_behind_damage(tmp_path):
+    path = write_tar(tmp_path / "x.tar", labelled(6))
+    raw = bytearray(path.read_bytes())
+    raw[2048 + 5] ^= 1  # header of the image of sample 1
+    raw[2 * 2048 + 1024 + 150] ^= 1  # header of the json of sample 2
+    path.write_bytes(raw)
+    scan = index.inspect_tar(path)
+    assert scan.rows["key"].tolist() == [b"a/0000", b"a/0003", b"a/0004", b"a/0005"]
+    assert [(fault.kind, fault.key, fault.position) for fault in scan.faults] == [
+        ("damaged header", "", 2048),
+        ("damaged header", "", 5120),
+        ("half sample", "a/0001", 3072),
+        ("half sample", "a/0002", 4096),
+    ]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_that_lost_its_extended_header_is_not_believed(tmp_path, form):
+    long = "x" * 94 + ".jpg"  # 98 bytes, and with its folder beyond what a header holds
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"0"), ("f/" * 3 + long, b"1"), ("2.jpg", b"2")], format=form)
+    raw = bytearray(path.read_bytes())
+    raw[1024 + 20] ^= 1  # of the header that announces the long name
+    path.write_bytes(raw)
+    scan = index.inspect_tar(path)
+    assert scan.rows["key"].tolist() == [b"0", b"2"]
+    assert scan.faults
+
+
+@pytest.mark.parametrize(
+    "images,cut,left",
+    [
+        (3, 2 * 1024, [b"0", b"1"]),  # like the first, the second has no labels
+        (1, 1024, []),  # nothing tells whether it had any
+    ],
+)
+def test_what_is_next_to_a_cut_must_be_like_the_others(tmp_path, images, cut, left):
+    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"image") for i in range(images)])
+    path.write_bytes(path.read_bytes()[:cut])
+    assert index.inspect_tar(path).rows["key"].tolist() == left
+
+
+def test_tars_behind_one_another_are_noticed(tmp_path):
+    first = write_tar(tmp_path / "a.tar", [("0.jpg", b"0"), ("1.jpg", b"1")]).read_bytes()
+    second = write_tar(tmp_path / "b.tar", [("2.jpg", b"2"), ("3.jpg", b"3")]).read_bytes()
+    (tmp_path / "x.tar").write_bytes(first + second)
+    with pytest.raises(UserError, match=r"x\.tar goes on after its end-of-archive mark at byte 2048"):
+        index.scan_tar(tmp_path / "x.tar")
+    assert index.inspect_tar(tmp_path / "x.tar").rows["key"].tolist() == [b"0", b"1", b"2", b"3"]
+
+
+def test_a_folder_is_no_tar(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        index.scan_tar(tmp_path)

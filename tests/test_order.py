@@ -51,6 +51,26 @@ def test_consecutive_positions_pass_through_epoch_after_epoch():
         assert sorted(found[epoch * 17 : (epoch + 1) * 17]) == [(epoch, row) for row in range(17)]
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
+    lanes=st.integers(1, 6),
+    window=st.integers(1, 12),
+    position=st.integers(0, 500),
+)
+def test_shards_near_are_those_of_this_window_and_the_next(sizes, lanes, window, position):
+    order = Order(np.array(sizes), 3, OrderConfig(lanes=lanes, window=window))
+    ends, total = np.cumsum(sizes), sum(sizes)
+    epoch, n = divmod(position, total)
+    own = range(n % lanes, total, lanes)  # the positions of this lane
+    start = n // lanes // window * window
+    rows = [order(epoch * total + m)[1] for m in own[start : start + 2 * window]]
+    assert set(order.shards_near([position])) == set(np.searchsorted(ends, rows, side="right").tolist())
+    many = order.shards_near(range(position, position + 5))
+    assert len(many) == len(set(many))
+    assert set(order.shards_near([position])) <= set(many)
+
+
 def test_epochs_and_seeds_differ():
     sizes = [50] * 20
     orders = [rows_of(sizes, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]

@@ -104,7 +104,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_processes(crops, ranks):
         shares = [part[step] for part in parts]
         for rank, share in enumerate(shares):
             # a rank takes every ranks-th sample, with the same views, numbers and masks
-            for name in ("global_crops", "local_crops", "boxes", "global_photometric", "masks", "global_drops"):
+            for name in ("global_crops", "local_crops", "boxes", "masks", "global_drops"):
                 assert torch.equal(getattr(share, name), getattr(whole, name)[:, rank::ranks])
         assert sorted(torch.cat([share.rows for share in shares]).tolist()) == sorted(whole.rows.tolist())
 

@@ -1,61 +1,23 @@
 """Shard sets: plain webdataset reads them, bytes depend on nothing but the plan, bad input leaves nothing behind."""
 
-import functools
+import dataclasses
+import hashlib
 import io
 import json
-import signal
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
 import webdataset
-from PIL import Image
+from writing import contents, made_rows, planned, run
 
 from recipes.errors import UserError
-from shards import index
+from shards import catalogue, index
 from shards.images import ImagesConfig, decode
-from shards.market_style import read_file
-from shards.packing import PackingConfig, make_plan
 from shards.schema import UNKNOWN, Record
-from shards.tars import PARTS
-from shards.writer import pack
-
-CONFIGS = [{"name": "made"}]
-
-
-def crop(number: int, kind: str = "JPEG", height: int = 32) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (height // 8, 2, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((16, height)).save(buffer, kind)
-    return buffer.getvalue()
 
 
 @pytest.fixture
 def made(tmp_path):
-    """50 training images with labels, 6 queries with captions, 10 unlabeled PNGs."""
-    (tmp_path / "raw").mkdir()
-    rows = []
-    for i in range(66):
-        path = tmp_path / "raw" / f"{i:03}"
-        path.write_bytes(crop(i, "PNG" if i >= 56 else "JPEG"))
-        read = functools.partial(read_file, path)
-        if i < 50:
-            rows.append(Record(f"train/{i:03}", "train", read, i // 5, i % 2, origin=str(path)))
-        elif i < 56:
-            rows.append(Record(f"query/{i:03}", "query", read, i, 0, (f"person {i} in red, éàü",), origin=str(path)))
-        else:
-            rows.append(Record(f"{i:03}", "unlabeled", read, origin=str(path)))
-    return rows
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def run(rows, out, images=None, **packing):
-    return pack(rows, out, PackingConfig(**{"shard_samples": 8} | packing), images or ImagesConfig(), CONFIGS)
+    return made_rows(tmp_path)
 
 
 def test_plain_webdataset_reads_the_set(tmp_path, made):
@@ -79,17 +41,16 @@ def test_plain_webdataset_reads_the_set(tmp_path, made):
 
 def test_bytes_are_those_of_webdatasets_writer(tmp_path, made):
     run(made, tmp_path / "set")
-    plan = make_plan(made, PackingConfig(shard_samples=8), ImagesConfig(), CONFIGS)
-    for shard in plan.shards:
+    for name, split, records in planned(made, tmp_path)[0]:
         buffer = io.BytesIO()
         with webdataset.TarWriter(buffer, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
-            for row in shard.records:
+            for row in records:
                 meta = {"pid": row.pid, "camid": row.camid, "captions": list(row.captions) or None}
                 meta = json.dumps({k: v for k, v in meta.items() if v is not None}, sort_keys=True)
                 # two calls, because one call would sort json before png
-                tar.write({"__key__": row.key, "png" if shard.split == "unlabeled" else "jpg": row.read()})
+                tar.write({"__key__": row.key, "png" if split == "unlabeled" else "jpg": row.read()})
                 tar.write({"__key__": row.key, "json": meta.encode()})
-        assert (tmp_path / "set" / shard.name).read_bytes() == buffer.getvalue()
+        assert (tmp_path / "set" / name).read_bytes() == buffer.getvalue()
 
 
 def test_index_agrees_with_the_tars(tmp_path, made):
@@ -108,18 +69,36 @@ def test_index_agrees_with_the_tars(tmp_path, made):
             assert row["camid"] == (UNKNOWN if record.camid is None else record.camid)
 
 
-def test_permuted_by_seed(made):
-    def keys(**packing):
-        plan = make_plan(made, PackingConfig(**packing), ImagesConfig(), CONFIGS)
-        return [r.key for r in plan.shards[0].records], plan.digest
+def test_permuted_by_seed(tmp_path, made):
+    def keys(rows=made, **packing):
+        shards, digest = planned(rows, tmp_path, **packing)
+        return [record.key for _, split, records in shards for record in records if split == "train"], digest
 
     first, digest = keys()
     assert sorted(first) == [f"train/{i:03}" for i in range(50)]
     assert first != sorted(first)
-    assert keys()[0] == first
+    assert keys() == (first, digest)
+    assert keys(made[::-1]) == (first, digest), "the order in which a source lists its records does not matter"
     assert keys(seed=1)[0] != first
     assert len({digest, keys(seed=1)[1], keys(shard_samples=7)[1], keys(drop_labels=True)[1]}) == 4
     assert keys(workers=3)[1] == digest
+    relabelled = [dataclasses.replace(made[0], pid=77), *made[1:]]
+    assert keys(relabelled)[0] == first
+    assert keys(relabelled)[1] != digest
+
+
+def test_two_keys_of_one_hash_stand_in_the_order_of_the_keys(tmp_path, made, monkeypatch):
+    class Same:
+        def digest(self):
+            return bytes(8)
+
+    real = hashlib.blake2b
+    monkeypatch.setattr(
+        catalogue.hashlib, "blake2b", lambda data, digest_size, **more: real(data) if digest_size == 32 else Same()
+    )
+    pair = made[3:5]
+    orders = [[r.key for r in planned(rows, tmp_path)[0][0][2]] for rows in (pair, pair[::-1])]
+    assert orders == [["train/003", "train/004"]] * 2
 
 
 def test_bytes_do_not_depend_on_the_workers_or_the_time(tmp_path, made):
@@ -140,82 +119,6 @@ def test_splits_and_dropped_labels(tmp_path, made):
     assert not any(key.startswith(b"query") for key in rows["key"])
     with pytest.raises(UserError, match=r"leaves no images; the source has query 6, train 50, unlabeled 10"):
         run(made, tmp_path / "other", splits=["gallery"])
-
-
-def interrupt_at(rows, place):
-    """The same records, but reading the one at `place` is Ctrl-C."""
-
-    def stop():
-        raise KeyboardInterrupt
-
-    row = rows[place]
-    cut = Record(row.key, row.split, stop, row.pid, row.camid, row.captions, row.origin)
-    return [*rows[:place], cut, *rows[place + 1 :]]
-
-
-def test_interrupted_and_continued(tmp_path, made, capsys):
-    run(made, tmp_path / "whole")
-    last = make_plan(made, PackingConfig(shard_samples=8), ImagesConfig(), CONFIGS).shards[4].records[3]
-    with pytest.raises(KeyboardInterrupt):
-        run(interrupt_at(made, made.index(last)), tmp_path / "set")
-    assert not (tmp_path / "set").exists()
-    partial = tmp_path / "set.partial"
-    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
-    assert len(kept) == 4
-    (partial / "train-000001.tar").write_bytes(b"short")  # not as long as its marker says: written again
-    run(made, tmp_path / "set")
-    assert "continuing an interrupted run: 3 of 10 tars" in capsys.readouterr().out
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    assert (tmp_path / "set" / "train-000000.tar").stat().st_mtime_ns == kept["train-000000.tar"]
-
-
-def test_partial_of_another_plan_is_not_continued(tmp_path, made):
-    run(made, tmp_path / "whole", seed=1)
-    with pytest.raises(KeyboardInterrupt):
-        run(interrupt_at(made, 20), tmp_path / "set")
-    run(made, tmp_path / "set", seed=1)
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-
-
-def test_killed_with_its_processes_and_continued(tmp_path):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for i in range(160):
-        (raw / f"{i:03}.jpg").write_bytes(crop(i))
-    program = (
-        "from pathlib import Path; from shards.assembly import build_set; from shards.images import ImagesConfig; "
-        "from shards.packing import PackingConfig\n"
-        "if __name__ == '__main__':\n"
-        "    build_set([{'name': 'folder', 'path': 'raw'}], 'OUT', PackingConfig(shard_samples=2, workers=W), "
-        "ImagesConfig())\n"
-    )
-
-    def start(out, workers):
-        script = tmp_path / f"{out}.py"
-        script.write_text(program.replace("OUT", out).replace("W)", f"{workers})"))
-        return subprocess.Popen([sys.executable, script], cwd=tmp_path, stderr=subprocess.DEVNULL)
-
-    victim, whole = start("set", 2), start("whole", 0)
-    partial = tmp_path / "set.partial"
-    while len(list(partial.glob("*.tar"))) < 5:
-        assert victim.poll() is None, "killed too late to test anything"
-        time.sleep(0.002)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert not (tmp_path / "set").exists()
-    assert whole.wait(60) == 0
-    assert start("set", 0).wait(60) == 0
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    assert not partial.exists()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_image_leaves_nothing(tmp_path, made, workers):
-    bad = tmp_path / "raw" / "020"
-    bad.write_bytes(crop(20)[:-30])
-    with pytest.raises(UserError, match=r"raw/020 is a damaged or truncated JPEG image.*images\.on_bad=skip"):
-        run(made, tmp_path / "set", workers=workers)
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_bad_images_are_skipped_and_listed(tmp_path, made):
@@ -260,14 +163,6 @@ def test_out_that_exists(tmp_path, made, capsys):
     assert contents(tmp_path / "empty") == before
 
 
-def test_a_folder_in_the_way_is_not_deleted(tmp_path, made):
-    (tmp_path / "set.partial").mkdir()
-    (tmp_path / "set.partial" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"set\.partial is in the way"):
-        run(made, tmp_path / "set")
-    assert (tmp_path / "set.partial" / "thesis.txt").exists()
-
-
 @pytest.mark.parametrize("key", ["a.b", "a b", "/a", "", "a\tb"])
 def test_bad_keys(tmp_path, key):
     with pytest.raises(UserError, match="a key has no dot or white space"):
@@ -284,14 +179,3 @@ def test_bad_records(tmp_path, made):
     with pytest.raises(UserError, match="made holds no images"):
         run([], tmp_path / "set")
     assert not (tmp_path / "set.partial").exists()
-
-
-def test_a_tar_is_written_while_its_name_is_not_there(tmp_path, made, monkeypatch):
-    """A crash before the rename leaves no tar under its final name, and the next run does not trust leftovers."""
-    with pytest.raises(KeyboardInterrupt):
-        run(interrupt_at(made, 0), tmp_path / "set", shard_samples=50)
-    partial = tmp_path / "set.partial"
-    assert not list(partial.glob("*.tar"))
-    assert list((partial / PARTS).glob("train-000000.tar.*")), "the unfinished tar lies among the parts"
-    run(made, tmp_path / "set", shard_samples=50)
-    assert not (tmp_path / "set" / PARTS).exists()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from recipes.load import Section
 from shards.market_style import read_folders
-from shards.schema import Record
+from shards.schema import Published, Record
 
 CAMERAS = 6
+GALLERY, JUNK = 15_913, 3_819  # images
 
 
 class Config(Section):
@@ -18,6 +19,13 @@ class Config(Section):
 
     path: Path  # the folder with bounding_box_train, query, bounding_box_test, or the one above it
     keep_junk: bool = False  # also pack the junk detections (pid -1), which the published protocol does not load
+
+
+def published(config: Config) -> Published:
+    """Counts of the protocol; distractors (pid 0) and junk are images but no identity."""
+    gallery = GALLERY + JUNK if config.keep_junk else GALLERY
+    splits = {"train": (12_936, 751), "query": (3_368, 750), "gallery": (gallery, 750)}
+    return Published("Market-1501", "Zheng et al., Scalable Person Re-identification, ICCV 2015", splits)
 
 
 def records(config: Config) -> Iterator[Record]:
