@@ -99,8 +99,10 @@ def main() -> None:
         for count in given.images:
             draw(base / "raw", count)
             mean = sum(path.stat().st_size for path in list((base / "raw").iterdir())[:KINDS]) / KINDS
+            os.sync()  # what is still to be written of the pictures is not part of the packing
             plain = textbook(base / "raw", base / "plain")
             shutil.rmtree(base / "plain")
+            os.sync()
             seconds, peak = ours(base / "raw", base / "set")
             told = json.loads((base / "set" / "manifest.json").read_text())["splits"]["unlabeled"]["images"]
             assert told == count, f"{told} of {count} images packed"

@@ -80,7 +80,7 @@ class Catalogue:
         self.kinds = np.array(kinds, np.uint8)
         # a sum, so that the same records in another order have the same digest
         self.digest = f"{len(offsets)}-{content % 2**256:064x}"
-        self._order = self._sorted(np.array(places, np.uint64))
+        self._order = self._sorted(np.frombuffer(places, np.uint64) if places else np.zeros(0, np.uint64))
 
     def __len__(self) -> int:
         return len(self.offsets)
