@@ -55,18 +55,19 @@ class PackedSplit:
         self.shard_sizes = np.array([entry.samples for entry in entries], dtype=np.int64)
         if int(self.shard_sizes.sum()) != self.length:
             raise UserError(f"the manifest of {folder} counts different samples in its tars and its splits; pack again")
-        self._reset()
         self.layout, self.start = self._read_layout()
         self.width = self.layout.itemsize
+        self._reset()
 
     def _reset(self) -> None:
         """Nothing is open: the state of a fresh process."""
         self.files: OrderedDict[int, int] = OrderedDict()  # tar number -> file descriptor
         self.lock = threading.Lock()
         self.rows = -1  # descriptor of the index
+        self.unpack = struct.Struct(f"{ROW.format}{self.width - ROW.size}s").unpack
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("files", "lock", "rows")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("files", "lock", "rows", "unpack")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -113,8 +114,8 @@ class PackedSplit:
         if self.rows < 0:
             self.rows = self._open(self.index)
         entry = os.pread(self.rows, self.width, self.start + row * self.width)
-        tar, offset, length, crc, meta_offset, meta_length, meta_crc, pid, camid = ROW.unpack_from(entry)
-        key = entry[ROW.size :].rstrip(b"\0").decode("utf-8", "surrogateescape")
+        tar, offset, length, crc, meta_offset, meta_length, meta_crc, pid, camid, name = self.unpack(entry)
+        key = name.rstrip(b"\0").decode("utf-8", "surrogateescape")
         captions: tuple[str, ...] = ()
         if self.captions and meta_length:
             captions = index.read_meta(self._read(tar, meta_offset, meta_length, meta_crc, key), key)[2]
