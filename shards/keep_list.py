@@ -23,7 +23,7 @@ import numpy as np
 from recipes.errors import UserError
 from shards.embeddings import Keys
 from shards.name_lists import read_names, write_names
-from shards.walking import IMAGE_ENDINGS, make_key
+from shards.raw.walking import IMAGE_ENDINGS, make_key
 
 NAMES = (".pkl", ".txt")
 KINDS = (".npz", *NAMES)

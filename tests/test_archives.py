@@ -8,7 +8,7 @@ from archive_files import FILES, contents, expected, make_tar, make_zip
 from record_checks import check_records
 
 from recipes.errors import UserError
-from shards.archives import archive_records, is_archive
+from shards.raw.archives import archive_records, is_archive
 from shards.sources import archives
 
 LONG = "images/" + "d" * 120 + "/" + "n" * 110 + ".jpg"

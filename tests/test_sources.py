@@ -9,8 +9,9 @@ import pytest
 from record_checks import check_records
 
 from recipes.errors import UserError
-from shards import sources, walking
+from shards import sources
 from shards.catalogue import KEY
+from shards.raw import walking
 from shards.schema import SPLITS, Published
 from shards.sources import cuhk03_np, dukemtmc, folder, market1501, occluded_duke
 

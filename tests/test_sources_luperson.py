@@ -13,7 +13,7 @@ import pytest
 from record_checks import check_records
 
 from recipes.errors import UserError
-from shards import lmdb_files, walking
+from shards.raw import lmdb_files, walking
 from shards.schema import BadSample, Published
 from shards.sources import luperson
 

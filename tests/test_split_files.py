@@ -10,8 +10,8 @@ import pytest
 from archive_files import contents, cut, expected, make_tar, make_zip
 
 from recipes.errors import UserError
+from shards.raw.split_files import find_parts, read_range
 from shards.schema import BadSample
-from shards.split_files import find_parts, read_range
 
 
 @pytest.mark.parametrize("make", [make_tar, make_zip])

@@ -12,9 +12,9 @@ import pytest
 from archive_files import FILES, contents, expected, make_zip
 
 from recipes.errors import UserError
+from shards.raw.zips import walk_zip
 from shards.schema import BadSample
 from shards.sources import archives
-from shards.zips import walk_zip
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -10,8 +10,8 @@ from PIL import Image
 from shards.catalogue import read_records
 from shards.images import ImagesConfig
 from shards.packing import PackingConfig, make_plan
+from shards.raw.walking import read_file
 from shards.schema import Record
-from shards.walking import read_file
 from shards.writer import pack
 
 CONFIGS = [{"name": "made"}]

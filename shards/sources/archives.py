@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.load import Section
-from shards.archives import archive_records
+from shards.raw.archives import archive_records
+from shards.raw.walking import IMAGE_ENDINGS, with_dots
 from shards.schema import Record
-from shards.walking import IMAGE_ENDINGS, with_dots
 
 
 class Config(Section):

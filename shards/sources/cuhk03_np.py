@@ -10,7 +10,7 @@ from typing import Literal
 
 from recipes.errors import UserError
 from recipes.load import Section
-from shards.market_style import find_root, image_names, read_folders
+from shards.raw.market_style import find_root, image_names, read_folders
 from shards.schema import Published, Record
 
 CAMERAS = 2

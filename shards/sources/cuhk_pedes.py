@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.load import Section
-from shards.captioned import (
+from shards.raw.captioned import (
     PARTS,
     Choice,
     Entry,
@@ -56,6 +56,6 @@ def _entries(path: Path) -> list[Entry]:
 
 
 def records(config: Config) -> Iterator[Record]:
-    """Training images, and as gallery the test images, whose captions are the queries (shards/captioned.py)."""
+    """Training images, and as gallery the test images, whose captions are the queries (shards/raw/captioned.py)."""
     images = find_images(config.path, TITLE)
     return captioned_records(_entries(config.path), images, TITLE, _choice(config))

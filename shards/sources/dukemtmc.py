@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.load import Section
-from shards.market_style import read_folders
+from shards.raw.market_style import read_folders
+from shards.raw.withdrawn import require_acknowledgement
 from shards.schema import Published, Record
-from shards.withdrawn import require_acknowledgement
 
 CAMERAS = 8
 TITLE = "DukeMTMC-reID"

@@ -6,8 +6,8 @@ from typing import Literal
 
 from recipes.errors import UserError
 from recipes.load import Section
+from shards.raw.walking import file_records, walk_files, with_dots
 from shards.schema import Record
-from shards.walking import file_records, walk_files, with_dots
 
 
 class Config(Section):

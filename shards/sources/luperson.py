@@ -12,11 +12,11 @@ from typing import Literal
 
 from recipes.errors import UserError
 from recipes.load import Section
-from shards.archives import archive_records, is_archive
-from shards.lmdb_files import FILE, find_lmdb, look_up, pack_names, reader, walk_keys
 from shards.name_lists import read_names
+from shards.raw.archives import archive_records, is_archive
+from shards.raw.lmdb_files import FILE, find_lmdb, look_up, pack_names, reader, walk_keys
+from shards.raw.walking import IMAGE_ENDINGS, file_records, make_key, walk_files, without_suffix
 from shards.schema import Published, Record
-from shards.walking import IMAGE_ENDINGS, file_records, make_key, walk_files, without_suffix
 
 SETS = {
     "luperson": Published(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.load import Section
-from shards.market_style import read_folders
+from shards.raw.market_style import read_folders
 from shards.schema import Published, Record
 
 CAMERAS = 6

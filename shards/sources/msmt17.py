@@ -15,9 +15,9 @@ from typing import Literal
 
 from recipes.errors import UserError
 from recipes.load import Section
-from shards.missing_files import Presence, inside
+from shards.raw.missing_files import Presence, inside
+from shards.raw.walking import make_key, read_file, without_suffix
 from shards.schema import Published, Record
-from shards.walking import make_key, read_file, without_suffix
 
 FOLDERS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
 NESTED = ("MSMT17_V1", "MSMT17_V2", "MSMT17")  # folders that the archives of the set unpack to

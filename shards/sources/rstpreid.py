@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.load import Section
-from shards.captioned import Choice, captioned_records, find_images, find_list, published_splits, read_list
+from shards.raw.captioned import Choice, captioned_records, find_images, find_list, published_splits, read_list
 from shards.schema import Published, Record
 
 TITLE = "RSTPReid"
@@ -40,7 +40,7 @@ def published(config: Config) -> Published:
 
 
 def records(config: Config) -> Iterator[Record]:
-    """Training images, and as gallery the test images, whose captions are the queries (shards/captioned.py)."""
+    """Training images, and as gallery the test images, whose captions are the queries (shards/raw/captioned.py)."""
     images = find_images(config.path, TITLE)
     entries = read_list(find_list(config.path, LISTS, TITLE), "img_path")
     return captioned_records(entries, images, TITLE, _choice(config))

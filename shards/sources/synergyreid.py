@@ -15,9 +15,9 @@ from typing import Literal
 
 from recipes.errors import UserError
 from recipes.load import Section
-from shards.market_style import image_names
+from shards.raw.market_style import image_names
+from shards.raw.walking import make_key, read_file, without_suffix
 from shards.schema import Published, Record
-from shards.walking import make_key, read_file, without_suffix
 
 FOLDERS = {"reid_training": ("train", 0), "reid_test/query": ("query", 0), "reid_test/gallery": ("gallery", 1)}
 CHALLENGE = {"reid_challenge/query": 0, "reid_challenge/gallery": 1}  # folder -> camera

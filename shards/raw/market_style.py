@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from recipes.errors import UserError
+from shards.raw.walking import IMAGE_ENDINGS, read_file, without_suffix
 from shards.schema import Record
-from shards.walking import IMAGE_ENDINGS, read_file, without_suffix
 
 FOLDERS = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}  # sub-folder -> split
 NAME = re.compile(r"(-?\d+)_c(\d+)")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from recipes.errors import UserError
+from shards.raw.split_files import SAMPLE_LIMIT, Window, read_range, size_of
 from shards.schema import BadSample
-from shards.split_files import SAMPLE_LIMIT, Window, read_range, size_of
 
 END = struct.Struct("<4s4H2LH")  # end of the directory
 END64 = struct.Struct("<4sQ2H2L4Q")

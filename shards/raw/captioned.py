@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from recipes.errors import UserError
-from shards.missing_files import Presence, inside
+from shards.raw.missing_files import Presence, inside
+from shards.raw.walking import make_key, read_file, without_suffix
 from shards.schema import Record
-from shards.walking import make_key, read_file, without_suffix
 
 PARTS = ("train", "val", "test")
 

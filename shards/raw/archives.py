@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recipes.errors import UserError
+from shards.raw.split_files import Window, find_parts, is_later_part, read_range, size_of
+from shards.raw.walking import IMAGE_ENDINGS, make_key, walk_files, without_suffix
+from shards.raw.zips import read_member, refuse_spanned, walk_zip
 from shards.schema import Record
-from shards.split_files import Window, find_parts, is_later_part, read_range, size_of
-from shards.walking import IMAGE_ENDINGS, make_key, walk_files, without_suffix
-from shards.zips import read_member, refuse_spanned, walk_zip
 
 NAME = re.compile(  # what an archive, or a part of one, is called
     r"(?P<stem>.+)\.(?:tar|zip|tgz|tar\.(?:gz|bz2|xz|zst)|7z|rar)(?:\.(?:\d{2,5}|[a-z]{2}))?|(?P<bare>.+)\.\d{3}",

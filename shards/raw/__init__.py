@@ -1,0 +1,1 @@
+"""How data sets lie on disk before they are packed: folders, archives, LMDB, lists of captions."""
