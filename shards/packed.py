@@ -22,7 +22,7 @@ from shards.schema import BadSample, Manifest, Sample, index_name
 
 CODES = {"<u4": "I", "<u8": "Q", "<i4": "i", "<i8": "q"}  # numpy's name of a type -> that of struct
 ROW = struct.Struct("<" + "".join(CODES[code] for _, code in index.FIELDS))  # a row of the index up to its key
-OPEN_FILES = 256  # tars held open at a time, for each split of each set; an epoch reads from 192 lanes in turn
+OPEN_FILES = 256  # tars that a reader holds open at a time; an epoch reads from 192 lanes in turn
 OPEN_REMOTE = 8  # the same for a set that is fetched: an open tar cannot leave the cache, and opening it again is cheap
 
 
@@ -47,6 +47,7 @@ class PackedSplit:
     """
 
     def __init__(self, folder: str, manifest: Manifest, split: str, cache: ShardCache | None, captions: bool):
+        self.most_open = OPEN_REMOTE if cache else OPEN_FILES
         count = manifest.splits[split]
         entries = [entry for entry in manifest.shards if entry.split == split]
         self.cache, self.captions, self.length = cache, captions, count.images
@@ -75,6 +76,10 @@ class PackedSplit:
 
     def __len__(self) -> int:
         return self.length
+
+    def share_files(self, fraction: float) -> None:
+        """Hold only this share of the tars open that a reader may, because it reads other splits too."""
+        self.most_open = max(1, int(self.most_open * fraction))
 
     def _let_go(self) -> bool:
         """Close the tar that was not read for longest, so that the cache may drop it; False if none is open."""
@@ -127,7 +132,7 @@ class PackedSplit:
             if descriptor is None:
                 descriptor = self._open(self.tars[tar], self._let_go)
             self.files[tar] = descriptor
-            if len(self.files) > (OPEN_REMOTE if self.cache else OPEN_FILES):
+            if len(self.files) > self.most_open:
                 self._let_go()
             data = os.pread(descriptor, length, offset)
         if zlib.crc32(data) != crc:

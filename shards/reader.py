@@ -65,6 +65,8 @@ class ShardReader:
             self.sources += sources
         self.ends = np.cumsum([len(part) for part in self.parts]).tolist()
         self.total = self.ends[-1] if self.ends else 0
+        for part in self.parts:
+            part.share_files(len(part) / max(1, self.total))
         self.shard_sizes = np.concatenate([np.zeros(0, np.int64), *(part.shard_sizes for part in self.parts)])
         self.first_shard = np.cumsum([0, *(len(part.shard_sizes) for part in self.parts)]).tolist()
         self.identity = {"sets": sets, "samples": self.total}

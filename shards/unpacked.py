@@ -72,6 +72,9 @@ class UnpackedSplit:
         pid, camid = (UNKNOWN if value is None else value for value in (record.pid, record.camid))
         return Sample(record.key, image, pid, camid, record.captions)
 
+    def share_files(self, fraction: float) -> None:
+        """Nothing stays open, so nothing is shared."""
+
     def ahead(self, shards: Iterable[int]) -> None:
         """Nothing is fetched: the source is read where it lies."""
 

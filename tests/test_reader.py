@@ -191,6 +191,18 @@ def test_few_files_stay_open(copy, monkeypatch):
     assert open_tars(copy) == 0
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_several_sets_share_the_files_that_may_be_open(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "OPEN_FILES", 4)
+    other = shutil.copytree(copy, tmp_path / "other")
+    own, most = ShardReader([copy, other], ["train", "gallery"]), 0
+    for row in np.random.default_rng(1).integers(0, len(own), size=300):
+        own[int(row)]
+        most = max(most, open_tars(copy) + open_tars(other))
+    assert 2 <= most <= 4
+    own.close()
+
+
 def test_a_pickled_reader_opens_its_own_files(small_set):
     own = ShardReader([small_set], "train")
     expected = [own[row] for row in range(53)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from recipes.errors import UserError
+from recipes.load import Section
 from shards.raw.missing_files import Presence, inside
 from shards.raw.walking import make_key, read_file, without_suffix
 from shards.schema import Record
@@ -28,12 +29,12 @@ class Entry(NamedTuple):
     captions: tuple[str, ...]
 
 
-class Choice(NamedTuple):
-    """What becomes of the parts of a set."""
+class Choice(Section):
+    """What becomes of the parts of a set; keys of its source."""
 
-    val: Literal["leave", "train"] = "leave"  # whether validation images are training data too
-    gallery: Literal["test", "val"] = "test"  # which part is searched; val is for choosing settings
-    missing: Literal["error", "skip"] = "error"  # images that are listed but not there
+    val: Literal["leave", "train"] = "leave"  # train: the validation images are training data too
+    gallery: Literal["test", "val"] = "test"  # the part that is searched; val is for choosing settings
+    missing: Literal["error", "skip"] = "error"  # images that are listed but not there: refuse, or leave out
 
     def split(self, part: str) -> str | None:
         """The split that a part goes to, None if it is left out."""

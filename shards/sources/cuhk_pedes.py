@@ -6,9 +6,7 @@ release (`reid_raw.json`, one list) and the form with `annotations/{train,val,te
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-from recipes.load import Section
 from shards.raw.captioned import (
     PARTS,
     Choice,
@@ -26,17 +24,10 @@ LISTS = ("reid_raw.json", "caption_all.json")
 COUNTS = {"train": (34_054, 11_003), "val": (3_078, 1_000), "test": (3_074, 1_000)}
 
 
-class Config(Section):
-    """Where the set lies and what its parts are for."""
+class Config(Choice):
+    """Where the set lies, and what its parts are for."""
 
     path: Path  # the folder with reid_raw.json or annotations, and imgs
-    val: Literal["leave", "train"] = "leave"  # train: the validation images are training data too
-    gallery: Literal["test", "val"] = "test"  # the part that is searched; val is for choosing settings
-    missing: Literal["error", "skip"] = "error"  # images that are listed but not there: refuse, or leave out
-
-
-def _choice(config: Config) -> Choice:
-    return Choice(config.val, config.gallery, config.missing)
 
 
 def published(config: Config) -> Published:
@@ -44,7 +35,7 @@ def published(config: Config) -> Published:
     return Published(
         TITLE,
         "Li et al., Person Search with Natural Language Description, CVPR 2017",
-        published_splits(COUNTS, _choice(config)),
+        published_splits(COUNTS, config),
     )
 
 
@@ -58,4 +49,4 @@ def _entries(path: Path) -> list[Entry]:
 def records(config: Config) -> Iterator[Record]:
     """Training images, and as gallery the test images, whose captions are the queries (shards/raw/captioned.py)."""
     images = find_images(config.path, TITLE)
-    return captioned_records(_entries(config.path), images, TITLE, _choice(config))
+    return captioned_records(_entries(config.path), images, TITLE, config)

@@ -6,9 +6,7 @@ had another split (19,505, 500 and 500 images); its authors have corrected it.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-from recipes.load import Section
 from shards.raw.captioned import Choice, captioned_records, find_images, find_list, published_splits, read_list
 from shards.schema import Published, Record
 
@@ -17,17 +15,10 @@ LISTS = ("data_captions.json",)
 COUNTS = {"train": (18_505, 3_701), "val": (1_000, 200), "test": (1_000, 200)}
 
 
-class Config(Section):
-    """Where the set lies and what its parts are for."""
+class Config(Choice):
+    """Where the set lies, and what its parts are for."""
 
-    path: Path  # the folder with data_captions.json and imgs
-    val: Literal["leave", "train"] = "leave"  # train: the validation images are training data too
-    gallery: Literal["test", "val"] = "test"  # the part that is searched; val is for choosing settings
-    missing: Literal["error", "skip"] = "error"  # images that are listed but not there: refuse, or leave out
-
-
-def _choice(config: Config) -> Choice:
-    return Choice(config.val, config.gallery, config.missing)
+    path: Path  # the folder with data_captions.json, and imgs
 
 
 def published(config: Config) -> Published:
@@ -35,7 +26,7 @@ def published(config: Config) -> Published:
     return Published(
         TITLE,
         "Zhu et al., DSSL: Deep Surroundings-person Separation Learning, ACM MM 2021",
-        published_splits(COUNTS, _choice(config)),
+        published_splits(COUNTS, config),
     )
 
 
@@ -43,4 +34,4 @@ def records(config: Config) -> Iterator[Record]:
     """Training images, and as gallery the test images, whose captions are the queries (shards/raw/captioned.py)."""
     images = find_images(config.path, TITLE)
     entries = read_list(find_list(config.path, LISTS, TITLE), "img_path")
-    return captioned_records(entries, images, TITLE, _choice(config))
+    return captioned_records(entries, images, TITLE, config)
