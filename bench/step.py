@@ -1,155 +1,207 @@
-"""One training step of the method: ours against a plain one as the papers' code would have it, in float32.
+"""One training step of the method: ours against the textbook's.
 
-    python bench/step.py
+    python bench/step.py                               ViT-S/16 in float32 on the CPU
+    python bench/step.py --precision bf16 --profile
+    python bench/step.py --device cuda --batch 128 --precision bf16 --compile --json bench/results/step.json
 
-ViT-S/16, batch 8, 2 crops of 256 x 128 and 6 of 96 x 64, K = 8,192. Both start from the same weights and see the same
-images, and their losses must agree. The plain step, written anew here after the equations of DINO and iBOT: one
-forward for each size of crop, the head and the prototypes on every patch, a loop over pairs of views, loops over
-parameters for clipping and the momentum update, torch's default AdamW. Ours includes photometric.normalize; the plain
-step gets images that are normalised already.
+The textbook step is bench/textbook_step: what published code of DINO and iBOT does. Both start from the same weights
+and see the same batches (2 crops of 256 x 128 and 8 of 96 x 64, masks as the recipes draw them, the same draws of drop
+path), and the losses of all steps must agree: in float32 by 1e-5. Each way lives in a process of its own, so that its
+peak memory is its own; they take turns, and the other one sleeps. The batches lie on the device from the start: ours
+as bytes, which it normalises in the step; the textbook's as normalised floats, as published loaders give them.
+
+Beside them the rate of a matrix product is measured in each round; `share` is what a step reaches of the rate of its
+precision, by the products that it really computes (`gflop_per_image`). In bf16 the textbook is the published one, all
+of the head in bf16; `--textbook same` keeps float32 where ours does. Peak memory is what came on top of the imports;
+on a GPU, of tensors.
 """
 
 import argparse
+import contextlib
+import gc
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pairs
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from pairs import gauge, kinds
+from pairs.children import Child, memory_mb
+from textbook_step import Settings, TextbookStep
+from textbook_step.ours import Crops, OurStep, build_student, draw_batch, images_of, shape_of
+from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import optim
-from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
-from pretrain.batch import Batch, Views, collate
-from pretrain.centering import Centering, CenteringConfig, teacher_targets
-from pretrain.heads import Head, HeadsConfig
-from pretrain.losses import LossesConfig, named_losses
-from pretrain.masks import MasksConfig, draw_mask
-from pretrain.optim import OptimConfig
-from pretrain.photometric import PhotometricConfig, normalize
-from pretrain.student_teacher import Student, Teacher, build_teacher, update_teacher
-from shards.seeds import generator
+from pretrain.backbone import BackboneConfig
+from pretrain.heads import HeadsConfig
 
-GLOBAL, LOCAL, LOCALS = (256, 128), (96, 64), 6
-LR, DECAY, MOMENTUM, WARM, COLD, CLIP = 1e-5, 0.04, 0.996, 0.1, 0.04, 3.0
-CENTRE_MOMENTUM = 0.9
+# relative difference of the losses. bf16 keeps 8 bits, and what is divided by 0.04 in it loses more of them
+CLOSE = {("float32", "same"): 1e-5, ("bf16", "same"): 5e-3, ("bf16", "published"): 3e-2}
+COUNTED = 8  # images at most whose operations are counted
 
 
-def draw_batch(size: int, grid: tuple[int, int], places: int) -> Batch:
-    """Noise in the shapes that the loader gives; every global view has a mask."""
-    samples = []
-    for row in range(size):
-        rng = generator(0, "bench step", row)
-        masks = [draw_mask(rng, grid, MasksConfig(ratios=(0.3,), spreads=(0.2,))) for _ in range(2)]
-        samples.append(
-            Views(
-                row=row,
-                replaced=-1,
-                global_crops=rng.integers(0, 256, (2, *GLOBAL, 3), dtype=np.uint8),
-                local_crops=rng.integers(0, 256, (LOCALS, *LOCAL, 3), dtype=np.uint8),
-                boxes=np.zeros((2 + LOCALS, 5), np.int64),
-                masks=np.stack(masks),
-                global_drops=rng.random((2, places), np.float32),
-                local_drops=rng.random((LOCALS, places), np.float32),
-            )
+@dataclass(frozen=True)
+class Work:
+    """What is compared."""
+
+    model: str
+    crops: Crops
+    out_dim: int
+    drop_path: float
+    batches: int  # taken in turn
+    bf16: bool
+    textbook: Literal["published", "same"]
+    compile: bool
+    device: str
+
+
+class Way:
+    """One of the two, with its batches."""
+
+    def __init__(self, who: Literal["ours", "textbook"], work: Work):
+        self.imported = memory_mb("VmRSS")
+        self.work, self.cuda = work, work.device == "cuda"
+        config, head = BackboneConfig(name=work.model, drop_path=work.drop_path), HeadsConfig(out_dim=work.out_dim)
+        student = build_student(config, head, work.crops.global_size, compiled=work.compile and who == "ours")
+        places, grid = len(student.backbone.drops), student.backbone.grid
+        drawn = [draw_batch(work.crops, grid, places, number) for number in range(work.batches)]
+        self.step: OurStep | TextbookStep
+        if who == "ours":
+            self.batches: list[Any] = [
+                (b.pin_memory() if self.cuda else b).to(torch.device(work.device)) for b in drawn
+            ]
+            self.step = OurStep(student, Settings(), work.bf16, work.device)
+        else:
+            self.batches = [images_of(batch, work.device) for batch in drawn]
+            precision = work.textbook if work.bf16 else "float32"
+            weights = student.state_dict()
+            self.step = TextbookStep(weights, shape_of(student), work.drop_path, Settings(), precision, work.device)
+        self.done = 0
+
+    def _steps(self, count: int) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for _ in range(count):
+            found.append(self.step(self.batches[self.done % len(self.batches)]))
+            self.done += 1
+        if self.cuda:
+            torch.cuda.synchronize()
+        return found
+
+    def run(self, count: int) -> tuple[pairs.Seconds, list[list[float]]]:
+        """The next steps: the time of all, and the losses of each."""
+        found = []
+        took = pairs.seconds(lambda: found.extend(self._steps(count)))
+        return took, [[value.item() for value in losses.values()] for losses in found]
+
+    def peak_mb(self) -> float:
+        """Most memory so far, MiB."""
+        return torch.cuda.max_memory_allocated() / 2**20 if self.cuda else memory_mb("VmHWM") - self.imported
+
+    def kinds(self) -> dict[str, float]:
+        """ms of a step by kind of operation."""
+        return kinds.by_kind(lambda: self._steps(1), self.work.out_dim, self.cuda)
+
+
+class Gauge:
+    """The measures beside the times: products of matrices, and operations of a step."""
+
+    def __init__(self, work: Work, rows: int, width: int):
+        """rows, width: tokens of a batch, and their dimension."""
+        self.work, self.rows, self.width = work, rows, width
+
+    def rates(self) -> dict[str, float]:
+        """FLOP/s of matrix products by precision."""
+        types = {"float32": torch.float32, "bf16": torch.bfloat16}
+        return {name: gauge.gemm_rate(kind, self.rows, self.width, self.work.device) for name, kind in types.items()}
+
+    def flops(self, who: Literal["ours", "textbook"]) -> float:
+        """Floating-point operations in matrix products of a step, per image; counted on the CPU, whose operations torch
+        knows all."""
+        small = self.work.crops._replace(size=min(self.work.crops.size, COUNTED))
+        way = Way(who, Work(**{**vars(self.work), "crops": small, "batches": 1, "device": "cpu", "compile": False}))
+        if who == "ours":
+            way.step.student.backbone.skips_samples = not self.work.compile  # a compiled block skips none
+        with FlopCounterMode(display=False) as counter:
+            way.run(1)
+        del way
+        gc.collect()
+        return counter.get_total_flops() / small.size
+
+
+def check_losses(ours: list[list[float]], textbook: list[list[float]], close: float) -> float:
+    """The largest relative difference of the losses; AssertionError where it is above `close`."""
+    np.testing.assert_allclose(ours, textbook, rtol=close)
+    return float(np.max(np.abs(np.array(ours) / np.array(textbook) - 1)))
+
+
+def measure(work: Work, rounds: int, steps: int, profile: bool) -> dict[str, Any]:
+    """All numbers. steps: of a turn."""
+    student = build_student(BackboneConfig(name=work.model), HeadsConfig(out_dim=2), work.crops.global_size)
+    rows, width = tokens(work.crops, student.backbone.vit.patch_embed.patch_size[0]), student.backbone.dim
+    del student
+    ways = ("ours", "textbook")
+    with contextlib.ExitStack() as stack:
+        children = {who: stack.enter_context(Child(f"the {who} step", Way, who, work)) for who in ways}
+        beside = stack.enter_context(Child("the gauge", Gauge, work, rows, width))
+        for child in (*children.values(), beside):
+            child.wait()  # nothing is timed while another one is still importing
+        times: dict[str, list[pairs.Seconds]] = {who: [] for who in ways}
+        losses = {who: children[who].ask("run", max(steps, work.batches if work.compile else 1))[1] for who in ways}
+        rates = []
+        for _ in range(rounds):
+            for who in ways:
+                took, found = children[who].ask("run", steps)
+                times[who].append(took)
+                losses[who] += found
+            rates.append(beside.ask("rates"))
+        peak = {who: children[who].ask("peak_mb") for who in ways}
+        spent = {who: children[who].ask("kinds") for who in ways} if profile else {}
+        flops = {who: beside.ask("flops", who) for who in ways}
+    close = CLOSE["bf16", work.textbook] if work.bf16 else CLOSE["float32", "same"]
+    numbers = pairs.compare(times["ours"], times["textbook"], 1 / steps)
+    apart = check_losses(losses["ours"], losses["textbook"], close)
+    speed = {who: work.crops.size / numbers[who] for who in ways}
+    gemm = {name: statistics.median(each[name] for each in rates) for name in rates[0]}
+    now = gemm["bf16" if work.bf16 else "float32"]
+    return {
+        "numbers": numbers,
+        "peak": peak,
+        "images_per_s": {who: round(speed[who], 2) for who in ways},
+        "gflop_per_image": {who: round(flops[who] / 1e9, 2) for who in ways},
+        "gflops": {who: round(flops[who] * speed[who] / 1e9, 1) for who in ways},
+        "share": {who: round(flops[who] * speed[who] / now, 3) for who in ways},
+        "gemm_gflops": {name: round(rate / 1e9, 1) for name, rate in gemm.items()},
+        "losses": {who: [round(each[0], 6) for each in losses[who]] for who in ways},
+        "losses_apart": apart,
+        "kinds_ms": {who: {kind: round(ms, 1) for kind, ms in own.items()} for who, own in spent.items()},
+    }
+
+
+def tokens(crops: Crops, patch: int) -> int:
+    """Tokens of a batch in the student."""
+    sides = ((2, crops.global_size), (crops.local_count, crops.local_size))
+    return crops.size * sum(count * (1 + (size[0] // patch) * (size[1] // patch)) for count, size in sides)
+
+
+def show(found: dict[str, Any], rounds: int) -> None:
+    """The numbers for people."""
+    for who in ("ours", "textbook"):
+        print(
+            f"{who:10}{found['images_per_s'][who]:10.2f} images/s{found['peak'][who]:10.0f} MB"
+            f"{found['gflop_per_image'][who]:9.1f} GFLOP/image{found['gflops'][who]:10.0f} GFLOP/s, "
+            f"{found['share'][who]:.0%} of the matrix product's rate"
         )
-    return collate(samples)
-
-
-class Ours:
-    """The parts of pretrain/run.py and its loop body."""
-
-    def __init__(self, student: Student, batch: Batch, out_dim: int):
-        self.student, self.teacher, self.batch = student, build_teacher(student), batch
-        self.centres = nn.ModuleDict({kind: Centering(out_dim, CenteringConfig()) for kind in ("cls", "patches")})
-        self.optimizer = optim.build_optimizer(student, OptimConfig())
-        self.losses: list[float] = []
-
-    def __call__(self) -> None:
-        optim.set_values(self.optimizer, LR, DECAY)
-        seen, guessed = self.teacher(self.batch), self.student(self.batch)
-        targets = teacher_targets(self.centres, seen, COLD)
-        loss = named_losses(guessed, targets, self.batch.mask_weights, LossesConfig())["loss"]
-        loss.backward()
-        optim.clip_gradients(self.student, OptimConfig(clip=CLIP))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        update_teacher(self.teacher, self.student, MOMENTUM)
-        for centre in self.centres.values():
-            centre.end_step()
-        self.losses.append(loss.item())
-
-
-class Plain:
-    """The same step without any of our thoughts about speed."""
-
-    def __init__(self, student: Student, batch: Batch, out_dim: int):
-        self.student, self.teacher = student, build_teacher(student)
-        colour = PhotometricConfig()
-        crops = (batch.global_crops, batch.local_crops)
-        self.wide, self.narrow = (normalize(each.flatten(0, 1), colour.mean, colour.std).contiguous() for each in crops)
-        self.masks = batch.masks.flatten(0, 1)
-        self.centre, self.patch_centre = torch.zeros(1, out_dim), torch.zeros(1, 1, out_dim)
-        named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        groups = [{"params": [p for n, p in named if optim.decayed(n, p)]}]
-        groups.append({"params": [p for n, p in named if not optim.decayed(n, p)], "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=DECAY)
-        self.losses: list[float] = []
-
-    def logits(self, network: Student | Teacher, images: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """CLS [B, K] and patch logits [B, N, K]: the head sees all tokens."""
-        tokens = network.backbone(images, masks)
-        every = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
-        every = network.head.last_layer(F.normalize(network.head.mlp(every), dim=-1))
-        return every[:, 0], every[:, 1:]
-
-    def loss(self, student: tuple[Tensor, Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
-        """Over all pairs of a teacher view and a student view: patches where they are the same view, else CLS."""
-        cls, patches, small = student
-        views = [view / WARM for view in (*cls.chunk(2), *small.chunk(LOCALS))]
-        patch_views = [view / WARM for view in patches.chunk(2)]
-        targets = F.softmax((teacher[0] - self.centre) / COLD, dim=-1).chunk(2)
-        patch_targets = F.softmax((teacher[1] - self.patch_centre) / COLD, dim=-1).chunk(2)
-        cls_sum, cls_terms, patch_sum = 0.0, 0, 0.0
-        for q in range(2):
-            for v in range(len(views)):
-                if v == q:
-                    each = -(patch_targets[q] * F.log_softmax(patch_views[v], dim=-1)).sum(-1)
-                    mask = self.masks.flatten(1).float().chunk(2)[v]
-                    patch_sum = patch_sum + ((each * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean() / 2
-                else:
-                    cls_sum = cls_sum - (targets[q] * F.log_softmax(views[v], dim=-1)).sum(-1).mean()
-                    cls_terms += 1
-        return cls_sum / cls_terms + patch_sum
-
-    def __call__(self) -> None:
-        with torch.no_grad():
-            teacher = self.logits(self.teacher, self.wide, None)
-        small, _ = self.logits(self.student, self.narrow, None)
-        loss = self.loss((*self.logits(self.student, self.wide, self.masks), small), teacher)
-        self.optimizer.zero_grad()
-        loss.backward()
-        for parameter in self.student.parameters():
-            if parameter.grad is not None:
-                scale = CLIP / (parameter.grad.norm(2) + 1e-6)
-                if scale < 1:
-                    parameter.grad.mul_(scale)
-        self.optimizer.step()
-        with torch.no_grad():
-            own = dict(self.student.named_parameters())
-            for name, parameter in self.teacher.named_parameters():
-                parameter.mul_(MOMENTUM).add_((1 - MOMENTUM) * own[name])
-            self.centre = self.centre * CENTRE_MOMENTUM + teacher[0].mean(0, keepdim=True) * (1 - CENTRE_MOMENTUM)
-            mean = teacher[1].mean((0, 1), keepdim=True)
-            self.patch_centre = self.patch_centre * CENTRE_MOMENTUM + mean * (1 - CENTRE_MOMENTUM)
-        self.losses.append(loss.item())
-
-
-def build_student(config: BackboneConfig, out_dim: int) -> Student:
-    """The same weights at every call, without drop path, so that both ways compute the same."""
-    torch.manual_seed(0)
-    backbone = Backbone(timm_arguments(config, GLOBAL), masked=True)
-    backbone.initialise(config.init)
-    return Student(backbone, Head(backbone.dim, HeadsConfig(out_dim=out_dim)), PhotometricConfig(), True).train()
+    gemm = ", ".join(f"{rate:.0f} in {name}" for name, rate in found["gemm_gflops"].items())
+    numbers = found["numbers"]
+    print(f"matrix product: {gemm} GFLOP/s")
+    print(
+        f"ratio {numbers['ratio']}, rounds {min(numbers['ratios'])} to {max(numbers['ratios'])} ({rounds}); "
+        f"losses apart by {found['losses_apart']:.1e}"
+    )
+    if found["kinds_ms"]:
+        print(kinds.table(found["kinds_ms"]))
 
 
 def main() -> None:
@@ -157,18 +209,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224", help="name in timm")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--locals", type=int, default=8, help="local crops of an image")
     parser.add_argument("--out-dim", type=int, default=8192, help="K, prototypes")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--drop-path", type=float, default=0.1)
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--textbook", choices=["published", "same"], default="published", help="its head in bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, of ours only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="of a turn; default 1, on a GPU 10")
+    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
+    parser.add_argument("--json", type=Path, help="write the line to this file, too")
     given = parser.parse_args()
-    config = BackboneConfig(name=given.model, drop_path=0.0)
-    students = [build_student(config, given.out_dim) for _ in range(2)]
-    batch = draw_batch(given.batch, students[0].backbone.grid, len(students[0].backbone.drops))
-    ours, plain = Ours(students[0], batch, given.out_dim), Plain(students[1], batch, given.out_dim)
-    # no warm-up: a step of either takes seconds
-    pair = pairs.Pair(ours, plain, given.rounds, warm=False)
-    np.testing.assert_allclose(ours.losses, plain.losses, rtol=1e-3)
-    told = {"model": given.model, "batch": given.batch, "prototypes": given.out_dim, "losses": ours.losses}
-    pairs.report("step", pair.numbers(1.0), "s/step", pair.peak_mb, torch.get_num_threads(), **told)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    steps = given.steps or (10 if given.device == "cuda" else 1)
+    work = Work(
+        model=given.model,
+        crops=Crops(given.batch, given.locals),
+        out_dim=given.out_dim,
+        drop_path=given.drop_path,
+        batches=4,
+        bf16=given.precision == "bf16",
+        textbook=given.textbook,
+        compile=given.compile,
+        device=given.device,
+    )
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # for the processes: torch's profiler would announce itself
+    found = measure(work, given.rounds, steps, given.profile)
+    show(found, given.rounds)
+    told = {name: getattr(given, name) for name in ("model", "batch", "locals", "out_dim", "drop_path", "precision")}
+    told |= {"textbook_precision": given.textbook if work.bf16 else "float32", "compile": given.compile, "steps": steps}
+    peak = {f"{who}_peak_mb": round(value) for who, value in found.pop("peak").items()}
+    numbers = found.pop("numbers")
+    gpu = torch.cuda.get_device_name() if given.device == "cuda" else None
+    place = (torch.get_num_threads(), gpu, given.json)
+    pairs.report("step", numbers, "s/step", peak["ours_peak_mb"], *place, **peak, **told, **found)
 
 
 if __name__ == "__main__":

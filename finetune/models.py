@@ -13,6 +13,7 @@ from finetune.methods.base import Direct, Method, Parts
 from finetune.sampling import SamplingConfig
 from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
 from pretrain.checkpoint import load_backbone, load_model, save_model
+from pretrain.foreign import is_foreign
 from recipes.errors import UserError
 
 SCRATCH = "none"  # `--ckpt none`: random weights
@@ -21,11 +22,12 @@ SCRATCH = "none"  # `--ckpt none`: random weights
 def start_backbone(ckpt: str, config: BackboneConfig, size: tuple[int, int], seed: int) -> tuple[Backbone, dict]:
     """The backbone that a training starts from, and the config stored with it ({} for random weights).
 
-    ckpt: a path or "none". size: height, width of the input. Another width or depth than the recipe's is a UserError.
+    ckpt: a path, what pretrain/foreign.py reads, or "none". size: height, width of the input. Another width or depth
+    than the recipe's is a UserError.
     """
     wanted = timm_arguments(config, size)
     if ckpt != SCRATCH:
-        return load_backbone(Path(ckpt), wanted, config.drop_path)
+        return load_backbone(ckpt, wanted, config.drop_path)
     torch.manual_seed(seed)
     backbone = Backbone(wanted, drop_path=config.drop_path)
     backbone.initialise(config.init)
@@ -55,11 +57,12 @@ def load_embedder(
 ) -> tuple[nn.Module, AugmentConfig]:
     """What `--ckpt` names, ready to embed, and how its input is prepared.
 
-    A teacher or random weights embed with the CLS token as it is; a fine-tuned model as its method does. A teacher gets
-    the normalisation of its pretraining, a fine-tuned model everything as in its training.
+    A teacher, random weights or a file of another project embed with the CLS token as it is; a fine-tuned model of ours
+    as its method does. A teacher or a file gets the normalisation of its training, as far as it is known, a fine-tuned
+    model of ours everything as in its training.
     """
-    if ckpt != SCRATCH:
-        tensors, stored = load_model(Path(ckpt))
+    if ckpt != SCRATCH and not is_foreign(ckpt):
+        tensors, stored = load_model(ckpt)
         if stored.get("kind") == "reid":
             return _load_method(ckpt, tensors, stored)
     backbone, stored = start_backbone(ckpt, config, (augment.height, augment.width), seed)
@@ -68,10 +71,11 @@ def load_embedder(
 
 def load_stored(ckpt: str) -> tuple[nn.Module, AugmentConfig]:
     """As `load_embedder` without a recipe: a teacher too gets the input size that it was trained with."""
-    tensors, stored = load_model(Path(ckpt))
-    if stored.get("kind") == "reid":
-        return _load_method(ckpt, tensors, stored)
-    backbone, stored = load_backbone(Path(ckpt))
+    if not is_foreign(ckpt):
+        tensors, stored = load_model(ckpt)
+        if stored.get("kind") == "reid":
+            return _load_method(ckpt, tensors, stored)
+    backbone, stored = load_backbone(ckpt)
     height, width = stored["timm"]["img_size"]
     return Direct(backbone), AugmentConfig(height=height, width=width, pad=0, **stored.get("normalize", {}))
 

@@ -74,7 +74,7 @@ def train(config: FinetuneConfig, method: Method, identities: Identities, folder
             for number, batch in enumerate(loader):
                 moment = epoch + number / len(batches)
                 rates = [optim.set_rate(optimiser, moment, config.optim) for optimiser in optimisers]
-                on_device = ImageBatch(*(part.to(acc.device) for part in (batch.images, batch.labels, batch.drops)))
+                on_device = ImageBatch(batch.images.to(acc.device), batch.labels.to(acc.device), batch.drops)
                 with acc.autocast():
                     losses = wrapped(on_device)
                 loss = sum(losses.values())

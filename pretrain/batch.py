@@ -44,9 +44,12 @@ class Batch:
         return self.rows.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; asynchronous from pinned memory."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
-        return Batch(**moved)
+        """The same batch with what the networks compute with on a device; asynchronous from pinned memory.
+
+        The rest stays on the host, where it is read without waiting for the device.
+        """
+        needed = ("global_crops", "local_crops", "masks", "masked", "mask_weights")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in needed})
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when pinning is on."""

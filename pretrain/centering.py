@@ -15,7 +15,7 @@ from recipes.load import Section
 class CenteringConfig(Section):
     """What keeps the teacher from collapsing."""
 
-    kind: Literal["centre", "sinkhorn"] = "centre"
+    kind: Literal["centre", "sinkhorn", "none"] = "centre"  # none: for studies of collapse
     momentum: float = Field(0.9, ge=0, lt=1)  # of the running centre
     iterations: int = Field(3, ge=1)  # of Sinkhorn-Knopp
 
@@ -43,18 +43,24 @@ class Centering(nn.Module):
     def targets(self, logits: Tensor, temperature: float) -> Tensor:
         """logits [..., K] -> probabilities [..., K], float32. The centre is that of the steps before."""
         if self.config.kind == "centre":
-            return torch.softmax((logits.float() - self.centre) / temperature, dim=-1)
+            return torch.softmax((logits.float() - self.centre).div_(temperature), dim=-1)
+        if self.config.kind == "none":
+            return torch.softmax(logits.float() / temperature, dim=-1)
         return sinkhorn(logits.float().flatten(0, -2) / temperature, self.config.iterations).view(logits.shape)
 
     def collect(self, mean_logits: Tensor) -> None:
         """Note the mean logits [K] of one micro-batch of this process."""
         self.seen.append(mean_logits.float())
 
-    def end_step(self) -> None:
-        """centre <- m * centre + (1 - m) * mean logits over the step's micro-batches and all processes."""
+    def end_step(self, finite: Tensor | None = None) -> None:
+        """centre <- m * centre + (1 - m) * mean logits over the step's micro-batches and all processes.
+
+        finite: bool [], the centre stays as it is where it is False.
+        """
         if self.config.kind == "centre":
             mean = all_reduce(torch.stack(self.seen).mean(0), "mean")
-            self.centre.lerp_(mean, 1 - self.config.momentum)
+            moved = self.centre.lerp(mean, 1 - self.config.momentum)
+            self.centre.copy_(moved if finite is None else torch.where(finite, moved, self.centre))
         self.seen.clear()
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pretrain import foreign
+from pretrain.architecture import differences, prefix_places
 from pretrain.backbone import Backbone
+from pretrain.positions import Kernel, fit_prefix, resize_positions, resizing
 from recipes.errors import UserError
 from recipes.load import Section
 
@@ -156,8 +157,16 @@ class Keeper:
             save_state(self.out / "checkpoints", modules, optimizer, step * self.batch, self.config.keep)
 
 
-def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and config of an exported model. path: its folder, the run folder around it, or the weights file."""
+def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and config of a model.
+
+    path: the folder of an exported model, the run folder around it, its weights file, or what foreign.py reads, which
+    comes out as an exported teacher. likely: patch grid (rows, columns) that the recipe asks for.
+    """
+    if foreign.is_foreign(path):
+        found = foreign.read(path, likely=likely)
+        return found.tensors, found.config()
+    path = Path(path)
     folder = path.parent if path.is_file() and path.name == WEIGHTS else path
     for candidate in (folder, folder / "model", folder / "teacher"):
         if (candidate / WEIGHTS).is_file():
@@ -177,44 +186,58 @@ def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error
 
 
-def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
-    """Position embeddings [1, prefix + N, D] from one patch grid (rows, columns) to another, bilinearly.
-
-    The `prefix` places of CLS (and registers) are copied. This is the kernel that the published fine-tunes use at load.
-    """
-    patches = rearrange(positions[:, prefix:], "1 (r c) d -> 1 d r c", r=old[0], c=old[1])
-    patches = F.interpolate(patches, size=new, mode="bilinear", align_corners=False)
-    return torch.cat([positions[:, :prefix], rearrange(patches, "1 d r c -> 1 (r c) d")], dim=1)
-
-
 def load_backbone(
-    path: Path, wanted: dict[str, Any] | None = None, drop_path: float = 0.0
+    path: Path | str, wanted: dict[str, Any] | None = None, drop_path: float = 0.0, kernel: Kernel = "bilinear"
 ) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone of an exported teacher or fine-tuned model, and its config; strict: every key must fit.
+    """The backbone of an exported teacher, a fine-tuned model or a file of another project, and its config.
 
-    wanted: timm arguments that it must have (see backbone.timm_arguments); another image size is allowed, the position
-    embeddings are resized. Raises UserError naming what differs.
+    Strict: every key must fit. wanted: timm arguments that it must have (see backbone.timm_arguments); another image
+    size is allowed, the position embeddings are resized. Of a file of another project the config's "source" says what
+    was taken. Raises UserError naming what differs.
     """
-    tensors, config = load_model(path)
+    tensors, config = load_model(path, patch_grid(wanted) if wanted else None)
     prefix = "" if config.get("kind") == "backbone" else "backbone.vit."
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     found = config.get("timm")
     if not isinstance(found, dict):
         raise UserError(f"--ckpt {path}: {CONFIG} does not tell the timm arguments of the model; export it again")
-    wanted = wanted or found
-    other = [key for key in sorted({*found, *wanted} - {"img_size"}) if found.get(key) != wanted.get(key)]
-    if other:
-        told = "; ".join(f"{key} is {found.get(key)}, the recipe asks for {wanted.get(key)}" for key in other)
-        raise UserError(f"--ckpt {path} does not fit the recipe's backbone section: {told}")
+    backbone = build_backbone(path, own, found, wanted or found, drop_path, kernel)
+    if "source" in config and patch_grid(found) != backbone.grid:
+        told = resizing(patch_grid(found), backbone.grid, kernel)
+        config = {**config, "source": f"{config['source']}; pos_embed {told}"}
+    return backbone, config
+
+
+def patch_grid(arguments: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of patches of a model by its timm arguments."""
+    height, width = arguments["img_size"]
+    return height // arguments["patch_size"], width // arguments["patch_size"]
+
+
+def build_backbone(
+    path: Path | str,
+    tensors: dict[str, Tensor],
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    drop_path: float = 0.0,
+    kernel: Kernel = "bilinear",
+) -> Backbone:
+    """A backbone of the timm arguments `wanted` with the weights of one with the arguments `found`.
+
+    tensors: by timm's names. path: for the errors. UserError when they differ in more than the image size.
+    """
+    told = differences(found, wanted)
+    if told:
+        raise UserError(f"--ckpt {path} does not fit the recipe's backbone section: {'; '.join(told)}")
     backbone = Backbone(wanted, drop_path=drop_path)
     try:
-        patch = found["patch_size"]
-        grid = (found["img_size"][0] // patch, found["img_size"][1] // patch)
+        grid, places = patch_grid(found), prefix_places(backbone.vit)
+        tensors = fit_prefix(tensors, tensors["pos_embed"].shape[1] - grid[0] * grid[1], places)
         if grid != backbone.grid:
-            prefix_tokens = backbone.vit.num_prefix_tokens
-            own["pos_embed"] = resize_positions(own["pos_embed"], grid, backbone.grid, prefix_tokens)
-        backbone.vit.load_state_dict(own)
+            resized = resize_positions(tensors["pos_embed"], grid, backbone.grid, places, kernel)
+            tensors = tensors | {"pos_embed": resized}
+        backbone.vit.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"--ckpt {path}: weights and {CONFIG} do not belong together: {first}") from error
-    return backbone, config
+    return backbone

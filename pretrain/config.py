@@ -8,11 +8,13 @@ from pretrain.backbone import BackboneConfig
 from pretrain.centering import CenteringConfig
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.heads import HeadsConfig
+from pretrain.health import HealthConfig
 from pretrain.loader import LoaderConfig
 from pretrain.losses import LossesConfig
 from pretrain.masks import MasksConfig
 from pretrain.optim import OptimConfig
 from pretrain.photometric import PhotometricConfig
+from pretrain.planning import PlanningConfig
 from pretrain.schedules import SchedulesConfig
 from pretrain.views import ViewsConfig
 from recipes.load import Section
@@ -41,3 +43,5 @@ class PretrainConfig(Section):
     schedules: SchedulesConfig = SchedulesConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
+    planning: PlanningConfig = PlanningConfig()

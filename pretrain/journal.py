@@ -1,16 +1,30 @@
-"""What a run tells while it goes: progress on the screen, metrics.jsonl, trackers."""
+"""What a run tells while it goes: progress on the screen, metrics.jsonl, trackers, alarms.
 
+The host waits for the device on the steps that are written only; what has to be known of the others stays there.
+"""
+
+import json
+import math
+import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 
 from pretrain.batch import Batch
+from pretrain.health import SKIPS, HealthConfig, Watch, effective_rank, signals
+from pretrain.losses import Guessed, Logits
+from pretrain.student_teacher import Seen
 from recipes.errors import UserError
 from recipes.progress import Meter
-from recipes.record import RunFolder
+from recipes.record import METRICS, RunFolder
+
+# the start of a run is watched more closely than `log_every` may ask for: collapse is quick
+START, START_EVERY = 50, 10  # steps
 
 
 class BadSamples:
@@ -24,8 +38,11 @@ class BadSamples:
         self.most, self.epoch, self.found, self.seen = most, epoch, 0, 0
 
     def add(self, found: int, seen: int) -> None:
-        """Count a step over all processes. UserError above the share."""
+        """Count `found` of `seen` samples of all processes."""
         self.found, self.seen = self.found + found, self.seen + seen
+
+    def check(self) -> None:
+        """UserError above the share."""
         if self.found > self.most * max(self.seen, self.epoch):
             raise UserError(
                 f"{self.found} damaged samples among {self.seen}: more than loader.max_bad = {self.most} of the "
@@ -33,23 +50,79 @@ class BadSamples:
             )
 
 
+class Skipped(nn.Module):
+    """How many steps were not taken because something was not finite; a part of the training state, on the device."""
+
+    total: Tensor
+    row: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros((), dtype=torch.int64))  # since the start of the run
+        self.register_buffer("row", torch.zeros((), dtype=torch.int64))  # without a finite step between them
+
+    def count(self, finite: Tensor) -> None:
+        """One more step; finite: bool []."""
+        self.total += ~finite
+        self.row.copy_((self.row + 1) * ~finite)
+
+
 class Journal:
-    """Collects the values of a step and writes every `every`-th one. Rates are means since the last written step."""
+    """Collects the values of a step and writes those of every `every`-th one, and of the last.
+
+    Rates are means since the last written step. The health signals are those of the first micro-batch of the step, as
+    a mean over the processes; all processes come to the same decisions. The alarms need no state of their own: they
+    follow from the lines, which a run that goes on reads again.
+    """
 
     def __init__(
-        self, folder: RunFolder, accelerator: Accelerator, meter: Meter, every: tuple[int, int], bad: BadSamples
+        self,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        meter: Meter,
+        every: tuple[int, int],
+        bad: BadSamples,
+        modules: dict[str, nn.Module],
+        config: HealthConfig,
+        rates: tuple[float, float | None] | None = None,
     ):
-        """every: steps between two lines, images of a (global) step."""
-        self.folder, self.accelerator, self.meter = folder, accelerator, meter
-        (self.every, self.batch), self.bad = every, bad
-        self.replaced = 0
+        """meter: counts images; its total must be known. every: steps between two lines, images of a (global) step.
+
+        modules: "centres" and "skipped" of the training state. rates: FLOPs of an image, forward and backward, and the
+        peak FLOP/s of all devices together, where it is known; the share of it that is used is told as `mfu`.
+        """
+        self.folder, self.accelerator, self.meter, self.bad, self.rates = folder, accelerator, meter, bad, rates
+        (self.every, self.batch), self.config = every, config
+        self.skipped: Skipped = modules["skipped"]
+        # Sinkhorn-Knopp needs no centre; without centring it stays 0, which is a signal
+        self.centres = {kind: c.centre for kind, c in modules["centres"].items() if c.config.kind != "sinkhorn"}
+        self.watch = Watch(config, len(modules["centres"]["cls"].centre), bad.epoch / self.batch)
+        if accelerator.is_main_process and (folder.path / METRICS).is_file():
+            for line in (folder.path / METRICS).read_text(encoding="utf-8").splitlines():
+                self.watch.see(json.loads(line))
+        self.replaced = 0  # damaged samples of this process since the last line
         self.since, self.steps, self.waited = time.monotonic(), 0, 0.0
         self.losses: dict[str, Tensor] = {}
         self.health: dict[str, Tensor] = {}
+        self.features = self.outputs = torch.zeros(0)  # of the teacher: for the rank; their sum, whether it is finite
+        self.means: dict[str, Tensor] = {}  # of this step's terms over the processes
+        self.faults: Tensor | None = None  # which of them were not finite since the last line
+
+    @property
+    def step(self) -> int:
+        """The step that is under way, counted from 0."""
+        return self.meter.done // self.batch
+
+    @property
+    def due(self) -> bool:
+        """Whether this step is written."""
+        last = self.meter.done + self.batch >= self.meter.total
+        return last or self.step % self.every == 0 or (self.step < START and self.step % START_EVERY == 0)
 
     def waited_for(self, batches: Iterator[Batch], accumulation: int) -> Iterator[Batch]:
         """The next `accumulation` micro-batches on the device; the time until each arrives counts as waiting."""
-        self.losses, self.health, self.replaced = {}, {}, 0
+        self.losses, self.health = {}, {}
+        self.outputs = torch.zeros((), device=self.accelerator.device)
         for _ in range(accumulation):
             start = time.monotonic()
             batch = next(batches)
@@ -57,41 +130,113 @@ class Journal:
             self.replaced += int((batch.replaced >= 0).sum())  # on the host, before the batch goes to the device
             yield batch.to(self.accelerator.device)
 
-    def collect(self, losses: dict[str, Tensor], health: dict[str, Tensor], share: float) -> None:
-        """Add the values of a micro-batch that makes up `share` of the step."""
-        for sums, values in ((self.losses, losses), (self.health, health)):
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0) + value.detach() * share
+    def collect(self, losses: dict[str, Tensor], forward: tuple[Logits, Seen, Guessed], share: float) -> None:
+        """Add a micro-batch that makes up `share` of the step. forward: targets, what teacher and student gave."""
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0) + value.detach().float() * share
+        targets, seen, guessed = forward
+        # patches without a mask enter the centre and not the loss: a nan in them must be seen as well
+        for mean in (seen.cls_mean, seen.patch_mean):
+            if mean is not None:
+                self.outputs = self.outputs + mean.sum()
+        if self.due and not self.health:
+            self.health = signals(targets, seen, guessed, self.centres)
+            self.features = seen.features[0].clone()
 
-    def check(self, step: int) -> None:
-        """Average over the processes; stop all of them when a loss is not finite or too many samples are damaged."""
-        names = sorted(self.losses)
-        replaced = torch.tensor(float(self.replaced), device=self.accelerator.device)
-        means = self.accelerator.reduce(torch.stack([*(self.losses[name] for name in names), replaced]), "mean")
-        *_, bad = means.tolist()
-        self.bad.add(round(bad * self.accelerator.num_processes), self.batch)
-        means = means[:-1]
-        self.losses = dict(zip(names, means.unbind(), strict=True))
-        if not torch.isfinite(means).all():
-            found = ", ".join(f"{name} = {float(value)}" for name, value in self.losses.items())
-            raise UserError(
-                f"step {step}: the loss is not finite ({found}); lower schedules.lr, set heads.norm_last_layer=true or "
-                "schedules.teacher_temperature=0.04, and start the run again"
-            )
+    def check(self, norm: Tensor) -> Tensor:
+        """Whether losses, gradient and teacher are finite on all processes: bool [], on the device, equal everywhere.
+
+        norm: of the gradient. Nothing is read here. A step of which this is False must not be taken.
+        """
+        names = [*self.losses, "grad_norm", "teacher"]
+        own = torch.stack([*self.losses.values(), norm.detach().float(), self.outputs])
+        means = self.accelerator.reduce(own, "mean")  # nan and inf pass through a sum
+        fine = torch.isfinite(means)
+        self.means = dict(zip(names, means.unbind(), strict=True))
+        self.faults = ~fine if self.faults is None else self.faults | ~fine
+        finite = fine.all()
+        self.skipped.count(finite)
+        return finite
 
     def record(self, step: int, values: dict[str, float | Tensor]) -> None:
-        """End of step `step`, counted from 0. values: of this process, beside the collected ones."""
+        """End of step `step`, counted from 0. values: of this process, beside the collected ones. UserError: stop."""
+        assert step == self.step
         self.steps += 1
         note = ""
-        if step % self.every == 0:
-            now = time.monotonic()
-            seconds = max(now - self.since, 1e-9)
-            line = {"step": step, "samples": (step + 1) * self.batch}
-            line |= {name: float(value) for name, value in {**self.losses, **values, **self.health}.items()}
-            line |= {"bad_samples": self.bad.found}
-            line |= {"images_per_s": self.steps * self.batch / seconds, "data_wait": self.waited / seconds}
+        if self.due:
+            line = self._read(step, values)
+            collapse = self._alarms(line)
+            note = self._note(line)
             self.folder.log(line)
-            self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
-            self.since, self.steps, self.waited = now, 0, 0.0
-            note = f"loss {line['loss']:.4f}  data wait {line['data_wait']:.0%}"
+            numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+            self.accelerator.log(numbers, step=step)
+            self._stop(step, collapse)
+            self.since, self.steps, self.waited, self.faults = time.monotonic(), 0, 0.0, None
         self.meter.advance(self.batch, note)
+
+    def _over_processes(self) -> tuple[dict[str, float], int]:
+        """Mean of each health signal over the processes that know it (nan: none does); damaged samples of all."""
+        device = self.accelerator.device
+        own = {**self.health, "effective_rank": torch.tensor(effective_rank(self.features), device=device)}
+        signal = torch.stack([value.float() for value in own.values()])
+        known = torch.isfinite(signal)
+        replaced = torch.tensor([float(self.replaced)], device=device)
+        sums = self.accelerator.reduce(torch.cat([torch.where(known, signal, 0), known, replaced]), "sum").tolist()
+        pairs = zip(own, sums[: len(own)], sums[len(own) : -1], strict=True)
+        return {name: total / count if count else math.nan for name, total, count in pairs}, round(sums[-1])
+
+    def _read(self, step: int, values: dict[str, float | Tensor]) -> dict[str, Any]:
+        """The line of this step. Here the host waits for the device, so the clock is read after that."""
+        health, replaced = self._over_processes()
+        means = {name: float(value) for name, value in self.means.items()}
+        numbers = {name: means[name] for name in self.losses}
+        numbers |= {name: float(value) for name, value in values.items()} | health
+        line: dict[str, Any] = {"step": step, "samples": (step + 1) * self.batch}
+        # JSON has no nan; None now, so that the alarms see what they would read from the file
+        line |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        line |= {"not_finite": wrong} if wrong else {}
+        self.bad.add(replaced, self.steps * self.batch)
+        self.replaced = 0
+        line |= {"skipped_steps": int(self.skipped.total), "bad_samples": self.bad.found}
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        line |= {"images_per_s": self.steps * self.batch / seconds, "data_wait": self.waited / seconds}
+        if self.rates and self.rates[1]:
+            line["mfu"] = line["images_per_s"] * self.rates[0] / self.rates[1]
+        return line
+
+    def _note(self, line: dict[str, Any]) -> str:
+        """The line in a few words for the screen."""
+        terms = [f"{name.removeprefix('loss_')} {line[name]:.4f}" for name in self.losses if line[name] is not None]
+        told = "  ".join(terms) if "not_finite" not in line else "not finite: step skipped"
+        told += f"  data wait {line['data_wait']:.0%}"
+        told += f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        return told + (f"  ALARM {', '.join(line['alarms'])}" if "alarms" in line else "")
+
+    def _alarms(self, line: dict[str, Any]) -> str:
+        """Add the alarms that ring to the line and tell those that begin; returns the text of the first collapse."""
+        if not self.accelerator.is_main_process:
+            return ""
+        begun, ringing = self.watch.see(line), self.watch.ringing
+        line |= {"alarms": list(ringing)} if ringing else {}
+        for name in begun:
+            print(f"alarm {name} at step {line['step']}: {ringing[name]}", file=sys.stderr, flush=True)
+        return next((f"{name}: {text}" for name, text in ringing.items() if name != SKIPS), "")
+
+    def _stop(self, step: int, collapse: str) -> None:
+        """UserError on all processes where the run must not go on. collapse: what the main process has found."""
+        self.bad.check()
+        if (row := int(self.skipped.row)) > self.config.max_skipped:
+            wrong = [name for name, fault in zip(self.means, self.faults.tolist(), strict=True) if fault]
+            raise UserError(
+                f"step {step}: {row} steps in a row were skipped, more than health.max_skipped = "
+                f"{self.config.max_skipped}, because of values that are not finite ({', '.join(wrong)}); begin a new "
+                "run with a lower schedules.lr, heads.norm_last_layer=true or schedules.teacher_temperature=0.04, from "
+                f"scratch or from --ckpt {self.folder.path}"
+            )
+        if self.config.on_collapse == "stop":
+            told = [collapse]
+            if self.accelerator.num_processes > 1:
+                broadcast_object_list(told)
+            if told[0]:
+                raise UserError(f"step {step}: {told[0]} (it stops here because health.on_collapse=stop)")

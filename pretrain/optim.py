@@ -49,12 +49,24 @@ def set_values(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float)
 def clip_gradients(model: nn.Module, config: OptimConfig) -> Tensor:
     """Shorten gradients to config.clip, each tensor by itself or all together; returns the global norm before."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = torch.linalg.vector_norm(norms)
     if config.clip is not None:
-        longest = norms if config.clip_by == "parameter" else [total] * len(gradients)
-        torch._foreach_mul_(gradients, [(config.clip / (norm + 1e-6)).clamp(max=1.0) for norm in longest])
+        longest = norms if config.clip_by == "parameter" else total.expand(len(gradients))
+        torch._foreach_mul_(gradients, (config.clip / (longest + 1e-6)).clamp(max=1.0).unbind())
     return total
+
+
+def step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Take the step where finite [] is True; else leave weights, moments and step counts as they are.
+
+    The host does not wait for the answer: torch's fused AdamW reads it on the device, as it does for a GradScaler. The
+    gradients are gone afterwards.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    inner.found_inf = (~finite).float()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def freeze_last_layer(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from recipes.errors import UserError
@@ -14,6 +15,8 @@ def start(precision: str, **settings: Any) -> Accelerator:
     Without ACCELERATE_USE_CPU=true the launcher's CPU processes do not find each other: each would run alone and
     overwrite the others' files. That is refused here.
     """
+    if precision == "bf16":
+        torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 then (prototypes) keeps 10 bits of mantissa
     accelerator = Accelerator(mixed_precision=precision, **settings)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:

@@ -14,23 +14,21 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from pretrain import checkpoint, optim, processes, schedules
-from pretrain.backbone import Backbone, timm_arguments
+from pretrain.backbone import Backbone
 from pretrain.batch import Batch
-from pretrain.centering import Centering, teacher_targets
+from pretrain.centering import teacher_targets
 from pretrain.config import PretrainConfig
-from pretrain.heads import Head
-from pretrain.health import signals
 from pretrain.journal import BadSamples, Journal
 from pretrain.loader import MicroBatches, ViewMaker, build_loader, micro_batch
 from pretrain.losses import named_losses
-from pretrain.planning import describe
+from pretrain.modules import build_modules
+from pretrain.planning import plan
 from pretrain.starting import start_from
-from pretrain.student_teacher import Student, build_teacher, update_teacher
+from pretrain.student_teacher import put_back, running_statistics, update_teacher
 from recipes.errors import plain_errors
 from recipes.load import load, recipe_path
 from recipes.progress import Meter
@@ -40,7 +38,7 @@ from shards.order import Order, check_ranks
 from shards.reader import ShardReader
 
 # may differ when a run is continued: they do not change what it computes
-FREE_KEYS = ("loader.workers", "loader.prefetch", "loader.max_bad", "cache", "log_every")
+FREE_KEYS = ("loader.workers", "loader.prefetch", "loader.max_bad", "cache", "log_every", "health", "planning")
 
 
 def arguments() -> tuple[PretrainConfig, Path]:
@@ -54,20 +52,6 @@ def arguments() -> tuple[PretrainConfig, Path]:
     given.overrides += [f"ckpt={json.dumps(given.ckpt)}"] if given.ckpt else []
     config = load(PretrainConfig, given.recipe, given.overrides)
     return config, given.out or Path("runs") / Path(given.recipe).stem
-
-
-def build_modules(config: PretrainConfig, device: torch.device) -> dict[str, nn.Module]:
-    """The whole state of the method, by name; the fresh weights are the same on all processes."""
-    torch.manual_seed(config.seed)
-    mim = config.losses.patch_weight > 0
-    timm_arguments(config.backbone, config.views.local_size)  # refuses a size that the patches do not tile
-    vit = timm_arguments(config.backbone, config.views.global_size)
-    backbone = Backbone(vit, masked=mim, drop_path=config.backbone.drop_path)
-    backbone.initialise(config.backbone.init)
-    student = Student(backbone, Head(backbone.dim, config.heads, patches=mim), config.photometric, mim).to(device)
-    kinds = ("cls", "patches") if mim else ("cls",)
-    centres = nn.ModuleDict({kind: Centering(config.heads.out_dim, config.centering) for kind in kinds}).to(device)
-    return {"student": student, "teacher": build_teacher(student), "centres": centres}
 
 
 def build_batches(
@@ -85,14 +69,13 @@ def build_batches(
 def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: ShardReader) -> None:
     """Build the parts, then the loop, which is the method."""
     batch_size, world = config.loader.batch, accelerator.num_processes
-    steps_per_epoch, micro_size = len(reader) / batch_size, micro_batch(config.loader, world)
-    steps = max(1, int(config.schedules.epochs * steps_per_epoch))
-    modules = build_modules(config, accelerator.device)
-    parts = {config.backbone.name: modules["student"].backbone, "head": modules["student"].head}
-    start, peak = start_from(config.ckpt, modules), schedules.peak_lr(config.schedules, batch_size)
-    accelerator.print(describe(parts, len(reader), batch_size, steps, (world, micro_size), peak, start))
+    modules = build_modules(config, accelerator.device, world)
+    start = start_from(config.ckpt, modules)
+    planned = plan(config, modules, reader, (world, accelerator.device), out, start)
+    accelerator.print(planned)
     if config.dry_run:
         return
+    steps, steps_per_epoch, accumulation = planned.steps, planned.steps_per_epoch, batch_size // world // planned.micro
     folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=FREE_KEYS, facts={"processes": world})
     accelerator.init_trackers("tensorboard")
     plain = optim.build_optimizer(modules["student"], config.optim)
@@ -105,12 +88,13 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     facts = {"normalize": {"mean": config.photometric.mean, "std": config.photometric.std}, "seed": config.seed}
     meter = Meter(steps * batch_size, "pretrain", start=first * batch_size, silent=not accelerator.is_main_process)
     every, bad = (config.log_every, batch_size), BadSamples(config.loader.max_bad, len(reader))
-    journal = Journal(folder, accelerator, meter, every, bad)
-    accumulation = batch_size // world // micro_size
+    rates = (planned.flops_per_image, planned.peak and planned.peak * world)
+    journal = Journal(folder, accelerator, meter, every, bad, modules, config.health, rates)
     with meter:
         for step in range(first, steps):
             now = schedules.at(step, steps, steps_per_epoch, batch_size, config.schedules)
             optim.set_values(optimizer, now.lr, now.weight_decay)
+            statistics = running_statistics(nn.ModuleDict(modules))
             for micro, batch in enumerate(journal.waited_for(batches, accumulation), start=1):
                 with contextlib.nullcontext() if micro == accumulation else accelerator.no_sync(student):
                     with accelerator.autocast():
@@ -118,16 +102,16 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
                     targets = teacher_targets(modules["centres"], seen, now.teacher_temperature)
                     losses = named_losses(guessed, targets, batch.mask_weights, config.losses)
                     accelerator.backward(losses["loss"] / accumulation)
-                journal.collect(losses, signals(targets.cls, seen.features), 1 / accumulation)
-            journal.check(step)
+                journal.collect(losses, (targets, seen, guessed), 1 / accumulation)
             if now.freeze_last_layer:
                 optim.freeze_last_layer(student)
             norm = optim.clip_gradients(student, config.optim)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_teacher(modules["teacher"], modules["student"], now.momentum)
+            finite = journal.check(norm)  # where it is False, nothing below changes a bit of the state
+            optim.step(optimizer, finite)
+            update_teacher(modules["teacher"], modules["student"], now.momentum, finite)
             for centre in modules["centres"].values():
-                centre.end_step()
+                centre.end_step(finite)
+            put_back(statistics, finite)
             journal.record(step, {**now._asdict(), "grad_norm": norm})
             if accelerator.is_main_process:
                 keeper.after(step + 1, modules, plain, facts)
@@ -138,7 +122,10 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
 def main() -> None:
     """Entry point."""
     config, out = arguments()
-    accelerator = processes.start(config.precision, log_with="tensorboard", project_dir=str(out))
+    # every step uses every parameter; the statistics of batch norms are synchronised where there are any
+    ddp = DistributedDataParallelKwargs(static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+    settings = {"log_with": "tensorboard", "project_dir": str(out), "kwargs_handlers": [ddp]}
+    accelerator = processes.start(config.precision, **settings)
     check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
     data = config.loader
     ensure_sets(data.shards, data.draw, accelerator.is_main_process, accelerator.wait_for_everyone)

@@ -185,12 +185,10 @@ def test_an_exported_teacher_is_a_plain_timm_model(teacher, tmp_path):
     arguments = dict(config["timm"])
     model = timm.create_model(arguments.pop("model_name"), **arguments).eval()
     model.load_state_dict(load_file(tmp_path / "teacher" / "model.safetensors"), strict=True)
-    for block, own in zip(model.blocks, teacher.backbone.vit.blocks, strict=True):
-        block.attn.fused_attn = own.attn.fused_attn
     images = torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(0))
     tokens, expected = teacher.backbone(images), model.forward_features(images)
-    assert torch.equal(tokens.cls, expected[:, 0])
-    assert torch.equal(tokens.patches, expected[:, 1:])
+    assert torch.allclose(tokens.cls, expected[:, 0], atol=1e-5)
+    assert torch.allclose(tokens.patches, expected[:, 1:], atol=1e-5)
     for path in (tmp_path / "teacher", tmp_path, tmp_path / "teacher" / "model.safetensors"):
         backbone, found = checkpoint.load_backbone(path)
         assert torch.equal(backbone.eval()(images).cls, tokens.cls)
@@ -205,7 +203,7 @@ def test_a_backbone_can_be_loaded_at_another_size(teacher, make_backbone, tmp_pa
     expected = checkpoint.resize_positions(teacher.backbone.vit.pos_embed, (8, 4), (12, 6), 1)
     assert torch.equal(backbone.vit.pos_embed, expected)
     assert torch.equal(backbone.vit.blocks[1].mlp.fc1.weight, teacher.backbone.vit.blocks[1].mlp.fc1.weight)
-    assert backbone.drops[-1].rate == 0.2
+    assert backbone.drops[-1] == 0.2
 
 
 def test_positions_are_resized_bilinearly_by_hand():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pretrain.heads import Head, HeadsConfig, Prototypes
+from pretrain.heads import Head, HeadsConfig, Prototypes, logits
 
 SMALL = {"out_dim": 6, "hidden_dim": 5, "bottleneck_dim": 3}
 
@@ -13,6 +13,14 @@ SMALL = {"out_dim": 6, "hidden_dim": 5, "bottleneck_dim": 3}
 def head(patches: bool = True, **given) -> Head:
     torch.manual_seed(0)
     return Head(4, HeadsConfig(**SMALL | given), patches)
+
+
+def cls_logits(model: Head, z: torch.Tensor) -> torch.Tensor:
+    return logits(z, model.prototypes()[0])
+
+
+def patch_logits(model: Head, z: torch.Tensor) -> torch.Tensor:
+    return logits(z, model.prototypes()[1])
 
 
 @pytest.fixture
@@ -33,7 +41,7 @@ def test_logits_by_hand(tokens):
     model = head()
     for parameter in model.parameters():  # biases and lengths must count
         parameter.normal_(generator=torch.Generator().manual_seed(2))
-    for token, found in zip(tokens, model.cls_logits(model.bottleneck(tokens)), strict=True):
+    for token, found in zip(tokens, cls_logits(model, model.bottleneck(tokens)), strict=True):
         x = token.tolist()
         linears = [layer for layer in model.mlp if isinstance(layer, torch.nn.Linear)]
         assert len(linears) == 3
@@ -60,14 +68,14 @@ def test_shared_prototypes_are_one_layer(tokens):
     model = head(shared=True)
     z = model.bottleneck(tokens)
     assert model.last_layer2 is None
-    assert torch.equal(model.cls_logits(z), model.patch_logits(z))
+    assert torch.equal(cls_logits(model, z), patch_logits(model, z))
 
 
 def test_own_prototypes_differ_and_the_trunk_does_not(tokens):
     model = head(shared=False)
     z = model.bottleneck(tokens)
-    assert not torch.allclose(model.cls_logits(z), model.patch_logits(z), atol=1e-2)
-    model.patch_logits(z).sum().backward()
+    assert not torch.allclose(cls_logits(model, z), patch_logits(model, z), atol=1e-2)
+    patch_logits(model, z).sum().backward()
     assert model.last_layer.weight_v.grad is None
     assert model.last_layer2.weight_v.grad.any()
     assert model.mlp[0].weight.grad.any()
@@ -85,8 +93,8 @@ def test_norm_last_layer_fixes_the_lengths(tokens):
     with torch.no_grad():
         for model in (fixed, free):
             model.last_layer.weight_v.mul_(7)  # only the direction counts
-    assert torch.allclose(fixed.cls_logits(fixed.bottleneck(tokens)), free.cls_logits(free.bottleneck(tokens)))
-    assert fixed.cls_logits(fixed.bottleneck(tokens)).abs().max() <= 1 + 1e-6
+    assert torch.allclose(cls_logits(fixed, fixed.bottleneck(tokens)), cls_logits(free, free.bottleneck(tokens)))
+    assert cls_logits(fixed, fixed.bottleneck(tokens)).abs().max() <= 1 + 1e-6
 
 
 def test_prototypes_are_linear():
@@ -94,7 +102,7 @@ def test_prototypes_are_linear():
     torch.manual_seed(0)
     layer = Prototypes(16, 50, fixed_length=False)
     z = torch.nn.functional.normalize(torch.randn(300, 16), dim=-1)
-    assert torch.allclose(layer(z).mean(0), layer(z.mean(0)), atol=1e-6)
+    assert torch.allclose(logits(z, layer.weight()).mean(0), logits(z.mean(0), layer.weight()), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -107,15 +115,21 @@ def test_depth_of_the_trunk(layers, linears):
     assert isinstance(model.mlp[-1], torch.nn.Linear)
 
 
-def test_float32_under_autocast(tokens):
+def test_under_autocast_only_the_mlp_has_16_bits(tokens):
     model = head(shared=False)
-    expected = model.bottleneck(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model.mlp(tokens).dtype == torch.bfloat16, "autocast is on"
-        z = model.bottleneck(tokens)
-        logits = model.cls_logits(z), model.patch_logits(z)
-    assert z.dtype == torch.float32
-    assert torch.equal(z, expected)
-    assert torch.equal(logits[0], model.cls_logits(expected))
-    assert torch.equal(logits[1], model.patch_logits(expected))
-    assert model.bottleneck(tokens.bfloat16()).dtype == torch.float32
+        x, z = model.mlp(tokens), model.bottleneck(tokens)
+        found = cls_logits(model, z), patch_logits(model, z)
+    assert x.dtype == torch.bfloat16
+    assert torch.equal(z, torch.nn.functional.normalize(x.float(), dim=-1))
+    assert torch.allclose(z.norm(dim=-1), torch.ones(7), atol=1e-6), "bfloat16 would be off by a hundredth"
+    for ours, which in zip(found, (cls_logits, patch_logits), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, which(model, z))
+    assert torch.allclose(z, model.bottleneck(tokens), atol=0.03)
+
+
+def test_a_teacher_shares_only_what_a_student_has():
+    with pytest.raises(ValueError, match="teacher_shared: false needs shared: false"):
+        HeadsConfig(teacher_shared=False)
+    assert HeadsConfig(shared=False, teacher_shared=True).teacher_shared

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.centering import Centering, CenteringConfig, teacher_targets
+from pretrain.heads import logits
 from pretrain.losses import LossesConfig, named_losses
 from pretrain.photometric import PhotometricConfig, normalize
 from pretrain.student_teacher import build_teacher, update_teacher
@@ -25,8 +26,8 @@ def test_the_teacher_starts_as_a_copy(make_student):
         assert torch.equal(value, own[name])
         assert value.data_ptr() != own[name].data_ptr()
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert [drop.rate for drop in teacher.backbone.drops] == [0.0] * 4
-    assert [drop.rate for drop in student.backbone.drops] == [0.0, 0.0, 0.2, 0.2], "the student keeps its own"
+    assert teacher.backbone.drops == [0.0] * 4
+    assert student.backbone.drops == [0.0, 0.0, 0.2, 0.2], "the student keeps its own"
     assert student.backbone.mask_embedding is not None
 
 
@@ -47,6 +48,30 @@ def test_update_by_hand(make_student):
     update_teacher(teacher, other, 0.0)
     assert torch.equal(teacher.head.last_layer.weight_g, other.head.last_layer.weight_g)
     assert torch.allclose(teacher.backbone.vit.pos_embed, other.backbone.vit.pos_embed, atol=1e-7)
+
+
+@torch.no_grad()
+def test_no_update_leaves_every_bit(make_student):
+    student, other = make_student(0), make_student(1)
+    teacher = build_teacher(student)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    update_teacher(teacher, other, 0.9, torch.tensor(False))
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    update_teacher(teacher, other, 0.9, torch.tensor(True))
+    assert not torch.equal(teacher.backbone.vit.cls_token, before["backbone.vit.cls_token"])
+
+
+@torch.no_grad()
+def test_a_shared_teacher_of_an_unshared_student(make_student, make_batch):
+    student, batch = make_student(shared=False), make_batch(3, masks=MASKED)
+    teacher = build_teacher(student, shared=True)
+    own, of_patches = teacher.head.prototypes()
+    assert own is of_patches
+    assert torch.equal(own, student.head.prototypes()[0])
+    assert not torch.equal(own, student.head.prototypes()[1])
+    assert teacher(batch).logits.patches.shape == student(batch).patches.shape[:1] + (64,)
+    update_teacher(teacher, make_student(1, shared=False), 0.5)
+    assert not any("last_layer2" in name for name in teacher.state_dict())
 
 
 def without_masks(batch):
@@ -73,8 +98,8 @@ def test_the_student_gives_what_each_view_gives_alone(make_student, make_batch, 
     student = make_student(shared=False, drop_path=0.4)
     student.backbone.mask_embedding.normal_(generator=torch.Generator().manual_seed(0))
     batch = make_batch(3, masks=MASKED, local_size=local_size)
-    logits = student(batch)
-    assert logits.cls.shape == (5, 3, 64)
+    guessed, (own, of_patches) = student(batch), student.head.prototypes()
+    assert guessed.cls.shape == (5, 3, 64)
     patches = []
     for view in range(5):
         part = view < 2
@@ -82,41 +107,38 @@ def test_the_student_gives_what_each_view_gives_alone(make_student, make_batch, 
         drops = batch.global_drops[view] if part else batch.local_drops[view - 2]
         images = normalize(crops, MEAN, STD)
         tokens = student.backbone(images, batch.masks[view] if part else None, drops)
-        expected = student.head.cls_logits(student.head.bottleneck(tokens.cls))
-        assert torch.allclose(logits.cls[view], expected, atol=1e-5)
+        expected = logits(student.head.bottleneck(tokens.cls), own)
+        assert torch.allclose(guessed.cls[view], expected, atol=1e-5)
         if part:  # image after image, row after row
-            patches.append(
-                student.head.patch_logits(student.head.bottleneck(tokens.patches[batch.masks[view].flatten(1)]))
-            )
-    assert torch.allclose(logits.patches, torch.cat(patches), atol=1e-5)
-    assert len(logits.patches) == batch.masks.sum()
+            patches.append(student.head.bottleneck(tokens.patches[batch.masks[view].flatten(1)]))
+            assert torch.allclose(guessed.features[view], tokens.cls, atol=1e-5)
+    assert torch.allclose(guessed.patches, torch.cat(patches), atol=1e-5)
+    assert torch.equal(guessed.prototypes, of_patches)
+    assert len(guessed.patches) == batch.masks.sum()
 
 
 @torch.no_grad()
 def test_the_teacher_gives_the_same_patches_in_the_same_order(make_student, make_batch):
     teacher, batch = build_teacher(make_student(shared=False)), make_batch(3, masks=MASKED)
-    seen = teacher(batch)
+    seen, (own, of_patches) = teacher(batch), teacher.head.prototypes()
     assert seen.logits.cls.shape == (2, 3, 64)
     patches = []
     for view in range(2):
         images = normalize(batch.global_crops[view], MEAN, STD)
         tokens = teacher.backbone(images)
-        assert torch.allclose(
-            seen.logits.cls[view], teacher.head.cls_logits(teacher.head.bottleneck(tokens.cls)), atol=1e-5
-        )
+        assert torch.allclose(seen.logits.cls[view], logits(teacher.head.bottleneck(tokens.cls), own), atol=1e-5)
         chosen = tokens.patches[batch.masks[view].flatten(1)]
-        patches.append(teacher.head.patch_logits(teacher.head.bottleneck(chosen)))
-        if view == 0:
-            assert torch.allclose(seen.features, tokens.cls, atol=1e-5)
+        patches.append(logits(teacher.head.bottleneck(chosen), of_patches))
+        assert torch.allclose(seen.features[view], tokens.cls, atol=1e-5)
     assert torch.allclose(seen.logits.patches, torch.cat(patches), atol=1e-5)
 
 
 def test_without_the_mim_term_nothing_is_masked(make_student, make_batch):
     student, batch = make_student(mim=False), make_batch(3, masks=MASKED)
     assert student.backbone.mask_embedding is None
-    logits = student(batch)
-    assert logits.patches is None
-    assert torch.equal(logits.cls, student(without_masks(batch)).cls)
+    guessed = student(batch)
+    assert guessed.patches is None
+    assert torch.equal(guessed.cls, student(without_masks(batch)).cls)
     seen = build_teacher(student)(batch)
     assert seen.logits.patches is None
     assert seen.patch_mean is None
@@ -124,10 +146,10 @@ def test_without_the_mim_term_nothing_is_masked(make_student, make_batch):
 
 def test_without_local_views(make_student, make_batch):
     student, batch = make_student(), make_batch(3, masks=MASKED, local_count=0)
-    logits = student(batch)
-    assert logits.cls.shape == (2, 3, 64)
+    guessed = student(batch)
+    assert guessed.cls.shape == (2, 3, 64)
     seen = build_teacher(student)(batch)
-    loss = named_losses(logits, seen.logits, batch.mask_weights, LossesConfig())["loss"]
+    loss = named_losses(guessed, seen.logits, batch.mask_weights, LossesConfig())["loss"]
     loss.backward()
     assert torch.isfinite(loss)
 
