@@ -10,11 +10,11 @@ has a process of its own, they take turns, and `ratio` is the time of an image i
 `data_wait` is the share of the time in which the training process waits for its loader. MFU is told for GPUs whose peak
 is known: floating-point operations of our step, as pretrain/cost.py counts them, over the peak.
 
---flat: does the cost of an image grow with the set? A packed set of a million samples is written (2.7 GB: 64 small JPEGs
-again and again, each copy in a place of its own), and sets of its first tars. The samples are read in the shuffled order
-from the middle of an epoch on. Here `ours` is an image of the largest set and `textbook` one of the smallest, so that a
-ratio of 1.0 means flat; `ready_s` is the time from nothing to the first views. The files were just written, so most of
-their bytes are in memory.
+--flat: does the cost of an image grow with the set? A packed set of a million samples is written (2.7 GB: 64 small
+JPEGs again and again, each copy in a place of its own), and sets of its first tars. The samples are read in the shuffled
+order from the middle of an epoch on. Here `ours` is an image of the largest set and `textbook` one of the smallest, so
+that a ratio of 1.0 means flat; `ready_s` is the time from nothing to the first views. The files were just written, so
+most of their bytes are in memory.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def flops_per_image(work: Work) -> float:
     with torch.device("meta"):
         backbone = Backbone(timm_arguments(config, work.views.global_size), masked=True, drop_path=config.drop_path)
     backbone.skips_samples = not work.compile
-    sizes = cost.sizes(backbone, work.views, MasksConfig(), mim=True)
+    sizes = cost.sizes(backbone, work.views, MasksConfig(), True, work.device)
     return sum(cost.step_flops(sizes, HeadsConfig(out_dim=work.out_dim)).values())
 
 

@@ -82,6 +82,9 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     states = checkpoint.states(out / "checkpoints")
     first = checkpoint.load_state(states[-1], modules, plain) // batch_size if states else 0
     folder.rewind(first - 1)
+    # every step uses every parameter; torch's static graph does not go with the pause of its all-reduce in accumulation
+    static = accumulation == 1
+    accelerator.ddp_handler = DistributedDataParallelKwargs(static_graph=static, gradient_as_bucket_view=True)
     student, optimizer = accelerator.prepare(modules["student"], plain)
     batches = build_batches(config, reader, modules["student"].backbone, (first, steps), accelerator)
     keeper = checkpoint.Keeper(out, config.checkpoint, steps, steps_per_epoch, batch_size)
@@ -122,10 +125,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
 def main() -> None:
     """Entry point."""
     config, out = arguments()
-    # every step uses every parameter; the statistics of batch norms are synchronised where there are any
-    ddp = DistributedDataParallelKwargs(static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False)
-    settings = {"log_with": "tensorboard", "project_dir": str(out), "kwargs_handlers": [ddp]}
-    accelerator = processes.start(config.precision, **settings)
+    accelerator = processes.start(config.precision, log_with="tensorboard", project_dir=str(out))
     check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
     data = config.loader
     ensure_sets(data.shards, data.draw, accelerator.is_main_process, accelerator.wait_for_everyone)

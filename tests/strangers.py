@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 DIM, DEPTH, K, BOTTLENECK, HIDDEN = 64, 2, 32, 16, 24
@@ -163,3 +164,13 @@ def strangers() -> dict[str, Stranger]:
         "wrapped three times": Stranger({"model": {"state_dict": {"module": square}}}, square, set(), "bare"),
         "compiled": Stranger({"model": put("_orig_mod.", square)}, square, set(), "bare"),
     }
+
+
+def written(tmp_path, content, name: str = "file.pth") -> str:
+    """The path of a file with that content."""
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in content.items()}, path)
+    else:
+        torch.save(content, path)
+    return str(path)

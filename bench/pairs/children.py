@@ -33,8 +33,10 @@ def memory_mb(field: str) -> float:
     return int(lines[field].split()[0]) / 1024
 
 
-def _serve(pipe: Connection, build: Callable[..., Any], given: tuple) -> None:
+def _serve(pipe: Connection, method: str, build: Callable[..., Any], given: tuple) -> None:
     """The child: build the object, then answer until the pipe closes."""
+    # a spawned process would spawn its own, too, and a loader's workers would import torch anew at every start
+    multiprocessing.set_start_method(method, force=True)
     try:
         thing = build(*given)
         pipe.send((True, None))
@@ -58,7 +60,7 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         # no daemon, which could not start the workers of a loader: use a Child in `with`, else it outlives its user
-        self.process = context.Process(target=_serve, args=(other, build, given))
+        self.process = context.Process(target=_serve, args=(other, multiprocessing.get_start_method(), build, given))
         self.process.start()
         other.close()
 
