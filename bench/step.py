@@ -7,8 +7,9 @@
 The textbook step is bench/textbook_step: what published code of DINO and iBOT does. Both start from the same weights
 and see the same batches (2 crops of 256 x 128 and 8 of 96 x 64, masks as the recipes draw them, the same draws of drop
 path), and the losses of all steps must agree: in float32 by 1e-5. Each way lives in a process of its own, so that its
-peak memory is its own; they take turns, and the other one sleeps. The batches lie on the device from the start: ours
-as bytes, which it normalises in the step; the textbook's as normalised floats, as published loaders give them.
+peak memory is its own; they take turns, and the other one sleeps. Every step has a batch of its own, because the shapes in
+our step change with what is masked and dropped. The step moves it to the device, as both programs do: ours bytes, which
+it normalises there; the textbook normalised floats, as published loaders give them.
 
 Beside them the rate of a matrix product is measured in each round; `share` is what a step reaches of the rate of its
 precision, by the products that it really computes (`gflop_per_image`). In bf16 the textbook is the published one, all
@@ -21,6 +22,7 @@ import contextlib
 import gc
 import os
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +32,12 @@ import pairs
 import torch
 from pairs import gauge, kinds
 from pairs.children import Child, memory_mb
-from textbook_step import Settings, TextbookStep
+from textbook_step import Images, Settings, TextbookStep
 from textbook_step.ours import Crops, OurStep, build_student, draw_batch, images_of, shape_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.backbone import BackboneConfig
+from pretrain.batch import Batch
 from pretrain.heads import HeadsConfig
 
 # relative difference of the losses. bf16 keeps 8 bits, and what is divided by 0.04 in it loses more of them
@@ -50,7 +53,6 @@ class Work:
     crops: Crops
     out_dim: int
     drop_path: float
-    batches: int  # taken in turn
     bf16: bool
     textbook: Literal["published", "same"]
     compile: bool
@@ -65,34 +67,40 @@ class Way:
         self.work, self.cuda = work, work.device == "cuda"
         config, head = BackboneConfig(name=work.model, drop_path=work.drop_path), HeadsConfig(out_dim=work.out_dim)
         student = build_student(config, head, work.crops.global_size, compiled=work.compile and who == "ours")
-        places, grid = len(student.backbone.drops), student.backbone.grid
-        drawn = [draw_batch(work.crops, grid, places, number) for number in range(work.batches)]
+        self.places, self.grid, self.ours, self.done = (
+            len(student.backbone.drops),
+            student.backbone.grid,
+            who == "ours",
+            0,
+        )
         self.step: OurStep | TextbookStep
-        if who == "ours":
-            self.batches: list[Any] = [
-                (b.pin_memory() if self.cuda else b).to(torch.device(work.device)) for b in drawn
-            ]
+        if self.ours:
             self.step = OurStep(student, Settings(), work.bf16, work.device)
         else:
-            self.batches = [images_of(batch, work.device) for batch in drawn]
             precision = work.textbook if work.bf16 else "float32"
             weights = student.state_dict()
             self.step = TextbookStep(weights, shape_of(student), work.drop_path, Settings(), precision, work.device)
-        self.done = 0
 
-    def _steps(self, count: int) -> list[dict[str, torch.Tensor]]:
-        found = []
-        for _ in range(count):
-            found.append(self.step(self.batches[self.done % len(self.batches)]))
-            self.done += 1
+    def _draw(self) -> Batch | Images:
+        """The batch of the next step, on the host."""
+        batch = draw_batch(self.work.crops, self.grid, self.places, self.done)
+        self.done += 1
+        if self.ours:
+            return batch.pin_memory() if self.cuda else batch
+        images = images_of(batch)
+        return Images(*([part.pin_memory() for part in parts] for parts in images)) if self.cuda else images
+
+    def _steps(self, batches: Iterable[Batch | Images]) -> list[dict[str, torch.Tensor]]:
+        device = torch.device(self.work.device)
+        found = [self.step(batch.to(device)) for batch in batches]
         if self.cuda:
             torch.cuda.synchronize()
         return found
 
     def run(self, count: int) -> tuple[pairs.Seconds, list[list[float]]]:
         """The next steps: the time of all, and the losses of each."""
-        found = []
-        took = pairs.seconds(lambda: found.extend(self._steps(count)))
+        batches, found = [self._draw() for _ in range(count)], []
+        took = pairs.seconds(lambda: found.extend(self._steps(batches)))
         return took, [[value.item() for value in losses.values()] for losses in found]
 
     def peak_mb(self) -> float:
@@ -101,7 +109,8 @@ class Way:
 
     def kinds(self) -> dict[str, float]:
         """ms of a step by kind of operation."""
-        return kinds.by_kind(lambda: self._steps(1), self.work.out_dim, self.cuda)
+        batches = [self._draw()]
+        return kinds.by_kind(lambda: self._steps(batches), self.work.out_dim, self.cuda)
 
 
 class Gauge:
@@ -120,7 +129,7 @@ class Gauge:
         """Floating-point operations in matrix products of a step, per image; counted on the CPU, whose operations torch
         knows all."""
         small = self.work.crops._replace(size=min(self.work.crops.size, COUNTED))
-        way = Way(who, Work(**{**vars(self.work), "crops": small, "batches": 1, "device": "cpu", "compile": False}))
+        way = Way(who, Work(**{**vars(self.work), "crops": small, "device": "cpu", "compile": False}))
         if who == "ours":
             way.step.student.backbone.skips_samples = not self.work.compile  # a compiled block skips none
         with FlopCounterMode(display=False) as counter:
@@ -148,7 +157,7 @@ def measure(work: Work, rounds: int, steps: int, profile: bool) -> dict[str, Any
         for child in (*children.values(), beside):
             child.wait()  # nothing is timed while another one is still importing
         times: dict[str, list[pairs.Seconds]] = {who: [] for who in ways}
-        losses = {who: children[who].ask("run", max(steps, work.batches if work.compile else 1))[1] for who in ways}
+        losses = {who: children[who].ask("run", steps)[1] for who in ways}
         rates = []
         for _ in range(rounds):
             for who in ways:
@@ -229,7 +238,6 @@ def main() -> None:
         crops=Crops(given.batch, given.locals),
         out_dim=given.out_dim,
         drop_path=given.drop_path,
-        batches=4,
         bf16=given.precision == "bf16",
         textbook=given.textbook,
         compile=given.compile,

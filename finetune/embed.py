@@ -39,7 +39,7 @@ def positive(text: str) -> int:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="run folder or model folder")
+    parser.add_argument("--ckpt", required=True, help="run folder, model folder, a file of others or timm:NAME")
     parser.add_argument("--shards", required=True, action="append", help="shard set; give it again for more sets")
     parser.add_argument("--splits", nargs="+", default=["unlabeled"], choices=SPLITS, help="default: unlabeled")
     parser.add_argument("--out", required=True, type=Path, help="folder of the table")

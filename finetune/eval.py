@@ -24,7 +24,9 @@ from shards.on_demand import ensure_sets
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="run folder, model folder, `none` or `histogram`")
+    parser.add_argument(
+        "--ckpt", required=True, help="run folder, model folder, file of others, timm:NAME, none, histogram"
+    )
     parser.add_argument("--recipe", default=str(recipe_path("finetune/figures.yaml")), help="YAML; default: figures")
     parser.add_argument("--out", type=Path, help="folder for the results; default: runs/eval-<ckpt>")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")

@@ -5,8 +5,8 @@
     python finetune/run.py --ckpt runs/pretrain --recipe recipes/finetune/bot_market1501.yaml --out runs/market \\
         benchmark.shards=data/market1501
 
---ckpt takes a run folder, its `teacher` folder or the weights file in it. Results: OUT/model, OUT/results.json,
-OUT/nearest.json (the neighbours of each query) and OUT/strips.png (ranked lists).
+--ckpt takes a run folder, its `teacher` folder, or what docs/checkpoints.md lists. Results: OUT/model,
+OUT/results.json, OUT/nearest.json (the neighbours of each query) and OUT/strips.png (ranked lists).
 """
 
 import argparse
@@ -38,7 +38,7 @@ FREE_KEYS = ("benchmark.workers", "log_every")  # they do not change what is com
 def arguments() -> tuple[FinetuneConfig, Path]:
     """The resolved recipe and the run folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="a pretraining's folder, or `none` for random weights")
+    parser.add_argument("--ckpt", required=True, help="run folder, teacher, file of others, timm:NAME, or none: random")
     parser.add_argument("--recipe", default=str(recipe_path("finetune/figures.yaml")), help="YAML; default: figures")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/<recipe>-<ckpt>")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
@@ -47,12 +47,13 @@ def arguments() -> tuple[FinetuneConfig, Path]:
     return config, given.out or Path("runs") / f"{Path(given.recipe).stem}-{Path(given.ckpt).name}"
 
 
-def build_method(config: FinetuneConfig, identities: Identities) -> Method:
-    """The method on the backbone of config.ckpt; fresh weights are the same on all processes."""
+def build_method(config: FinetuneConfig, identities: Identities) -> tuple[Method, str]:
+    """The method on the backbone of config.ckpt, and what that is; fresh weights are the same on all processes."""
     size = (config.augment.height, config.augment.width)
-    backbone, _ = models.start_backbone(config.ckpt, config.backbone, size, config.seed)
+    backbone, stored = models.start_backbone(config.ckpt, config.backbone, size, config.seed)
     torch.manual_seed(config.seed)
-    return build(config.method, Parts(backbone, identities.classes, config.sampling, config.seed))
+    method = build(config.method, Parts(backbone, identities.classes, config.sampling, config.seed))
+    return method, stored.get("source", config.ckpt)
 
 
 def train(config: FinetuneConfig, method: Method, identities: Identities, folder: RunFolder, acc: Accelerator) -> None:
@@ -107,14 +108,14 @@ def main() -> None:
     acc = processes.start(config.precision)
     ensure_sets([config.benchmark.shards], config.benchmark.draw, acc.is_main_process, acc.wait_for_everyone)
     identities = select_identities(config.identities, ShardReader([config.benchmark.shards], "train").pids)
-    method = build_method(config, identities)
+    method, start = build_method(config, identities)
     batch, per_identity = method.epoch(0, identities)[0], config.sampling.images_per_identity
     shard_batch(batch, acc.process_index, acc.num_processes, per_identity)  # refuses what cannot be shared
     folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"processes": acc.num_processes})
     folder.rewind(-1)  # a fine-tune starts from its first step
     if acc.is_main_process:
         (out / "results.json").unlink(missing_ok=True)  # of an earlier launch
-    acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {config.ckpt}")
+    acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {start}")
     method.to(acc.device)
     train(config, method, identities, folder, acc)
     if acc.is_main_process:

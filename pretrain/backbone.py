@@ -73,7 +73,7 @@ def timm_arguments(config: BackboneConfig, image_size: tuple[int, int]) -> dict[
 
 
 def create_vit(arguments: dict[str, Any]) -> VisionTransformer:
-    """The timm model of those arguments; "stem" among them is ours. Raises UserError when timm has no such plain ViT."""
+    """The timm model of those arguments; "stem" among them is ours. UserError when timm has no such plain ViT."""
     arguments = dict(arguments)
     name, stem = arguments.pop("model_name"), arguments.pop("stem", "patch")
     if not timm.is_model(name):
@@ -132,9 +132,9 @@ class Backbone(nn.Module):
     ) -> list[Tokens]:
         """Crops of several sizes in one forward; equal to one forward for each size.
 
-        crops: float [n, 3, h, w] each. mask: of the first ones, see `forward`. drops: float [n, S] each; on the host they
-        let the device skip what is dropped. patches: which patch tokens are wanted of each: "all", "none", or int64 [M],
-        places in the flattened [n * N]; where not all are, the last block runs on the wanted tokens only.
+        crops: float [n, 3, h, w] each. mask: of the first ones, see `forward`. drops: float [n, S] each; on the host
+        they let the device skip what is dropped. patches: which patch tokens are wanted of each: "all", "none", or
+        int64 [M], places in the flattened [n * N]; where not all are, the last block runs on the wanted tokens only.
         """
         pieces = [self._embed(images, mask if place == 0 else None) for place, images in enumerate(crops)]
         layout = tuple(Span(*piece.shape[:2]) for piece in pieces)
@@ -174,7 +174,7 @@ class Backbone(nn.Module):
         return torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
 
     def _positions(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Of the patches, [N, D], resized to another grid. Bicubic resizing is linear: a matrix, made once for a grid."""
+        """Of the patches, [N, D], on another grid. Bicubic resizing is linear: a matrix, made once for a grid."""
         if grid == self.grid:
             return positions
         key = (grid, positions.device)
@@ -205,8 +205,8 @@ class Backbone(nn.Module):
     def _wanted(
         self, layout: Layout, patches: Sequence[Tensor | str], device: torch.device
     ) -> tuple[Layout, Tensor, Tensor, list[tuple[int, int]]]:
-        """For `run_last_block`: its layout, the wanted rows of the tokens and of the attention's answer, and how many CLS
-        and patch rows each span has."""
+        """For `run_last_block`: its layout, the wanted rows of the tokens and of the attention's answer, and how many
+        CLS and patch rows each span has."""
         prefix = self.vit.num_prefix_tokens
         reduced, rows, answered, counts, start, first = [], [], [], [], 0, 0
         for span, wanted in zip(layout, patches, strict=True):
@@ -225,8 +225,8 @@ class Backbone(nn.Module):
         return tuple(reduced), torch.cat(rows), torch.cat(answered), counts
 
 
-# rate of stochastic depth from which skipping the dropped samples is faster than multiplying by zero. On CPUs any: 2 % of
-# a step of ViT-S at a rate of 0.1 in float32, nothing in bf16. On GPUs as DINOv2 found it
+# rate of stochastic depth from which skipping the dropped samples is faster than multiplying by zero. On CPUs any: 2 %
+# of a step of ViT-S at a rate of 0.1 in float32, nothing in bf16. On GPUs as DINOv2 found it
 SKIPPING_PAYS = collections.defaultdict(lambda: 0.1, cpu=1e-9)
 
 

@@ -34,6 +34,8 @@ class CheckpointConfig(Section):
     every_epochs: float = Field(1.0, gt=0)  # full state
     keep: int = Field(2, ge=1)  # newest full states
     teacher_every_epochs: float = Field(20.0, gt=0)  # exported teachers, all kept: the last is not always the best
+    teacher_newest_every_epochs: float | None = Field(None, gt=0)  # more of them between those; None = no more
+    teacher_newest: int = Field(5, ge=1)  # newest of these that are kept
 
 
 def _fsync(path: Path) -> None:
@@ -51,9 +53,20 @@ def _commit(folder: Path, tensors: dict[str, Tensor], file: str, facts: tuple[st
     (partial / facts[0]).write_text(json.dumps(facts[1], indent=1) + "\n")
     for path in (partial / file, partial / facts[0], partial):
         _fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        _discard([folder])
     partial.rename(folder)
     _fsync(folder.parent)
+
+
+def _discard(folders: list[Path]) -> None:
+    """Delete folders of one parent; a kill in between leaves no half one under its name, the next call tidies up."""
+    for folder in folders:
+        hidden = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+    for hidden in folders[0].parent.glob(".*.old") if folders else ():
+        shutil.rmtree(hidden)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -86,8 +99,7 @@ def save_state(
         tensors[f"optimizer.{key}"] = value
     facts = {"format_version": FORMAT_VERSION, "samples": samples}
     _commit(folder / f"samples-{samples:012d}", tensors, "tensors.safetensors", ("state.json", facts))
-    for old in states(folder)[:-keep]:
-        shutil.rmtree(old)
+    _discard(states(folder)[:-keep])
 
 
 def states(folder: Path) -> list[Path]:
@@ -111,10 +123,18 @@ def read_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Restore what `save_state` wrote; returns the samples consumed. Raises UserError on a damaged state."""
+    """Restore what `save_state` wrote; returns the samples consumed. UserError where it is damaged or does not fit."""
     tensors, facts = read_state(state)
     for name, module in modules.items():
-        module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            first = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"checkpoint {state} was written by another version of this project ({first}); choose another --out, "
+                f"and give --ckpt {state.parent.parent} to go on from its teacher"
+            ) from error
     own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
     load_optimizer(optimizer, modules["student"], own)
     return int(facts["samples"])
@@ -128,6 +148,19 @@ def save_model(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any])
 def save_teacher(folder: Path, backbone: Backbone, facts: dict[str, Any]) -> None:
     """Export a teacher backbone: plain timm weights. facts: normalisation, samples seen and the like."""
     save_model(folder, backbone.vit.state_dict(), {"kind": "backbone", "timm": backbone.arguments, **facts})
+
+
+def passing_teachers(folder: Path) -> list[Path]:
+    """The exported teachers in a folder that are not kept for ever, oldest first; what cannot be read is left out."""
+    found = {}
+    for path in folder.glob("epoch-*"):
+        try:
+            config = json.loads((path / CONFIG).read_text())
+            if config["kept"] == "newest":
+                found[path] = int(config["samples"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=found.__getitem__)
 
 
 class Keeper:
@@ -149,8 +182,13 @@ class Keeper:
         last, epochs = step == self.steps, step / self.steps_per_epoch
         exported = {**facts, "epochs": round(epochs, 3), "samples": step * self.batch}
         # teachers first: a run killed before its state is saved does the step again, one killed after it does not
+        snapshot, newest = self.out / "teachers" / f"epoch-{epochs:07.2f}", self.config.teacher_newest_every_epochs
         if self._due(step, self.config.teacher_every_epochs):
-            save_teacher(self.out / "teachers" / f"epoch-{epochs:07.2f}", modules["teacher"].backbone, exported)
+            save_teacher(snapshot, modules["teacher"].backbone, {**exported, "kept": "always"})
+        elif newest and self._due(step, newest):
+            if not snapshot.exists():  # a name may be taken by one that is kept for ever, a hundredth of an epoch ago
+                save_teacher(snapshot, modules["teacher"].backbone, {**exported, "kept": "newest"})
+            _discard(passing_teachers(snapshot.parent)[: -self.config.teacher_newest])
         if last:
             save_teacher(self.out / "teacher", modules["teacher"].backbone, exported)
         if last or self._due(step, self.config.every_epochs):

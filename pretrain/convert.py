@@ -12,7 +12,6 @@ from pretrain.foreign_styles import HALVES, IMAGENET
 from pretrain.recipe_from import recipe_text
 from recipes.errors import UserError, plain_errors
 from recipes.load import load
-from recipes.record import RECIPE
 
 EXAMPLES = """
 what a file holds, which of it would be taken and what would be left out; nothing is written:
@@ -84,7 +83,7 @@ def opened(given: argparse.Namespace) -> tuple[Backbone, dict[str, Any], foreign
         backbone = checkpoint.build_backbone(source, found.tensors, found.arguments, wanted, kernel=kernel)
         report = found.report.resized(checkpoint.patch_grid(found.arguments), backbone.grid, kernel)
         print(report)
-        return backbone, {**found.config(), "source": report.sentence()}, found
+        return backbone, found._replace(report=report).config(), found
     if given.grid or given.heads:
         raise UserError(f"--grid and --heads are for files of other projects; {source} tells both")
     stored = checkpoint.load_model(source)[1]
@@ -96,18 +95,12 @@ def opened(given: argparse.Namespace) -> tuple[Backbone, dict[str, Any], foreign
     return backbone, config | own, None
 
 
-def trained_on(source: str) -> str:
-    """Names of the sets that a run of ours was trained on, without their folders."""
-    path = Path(source) / RECIPE
-    if not path.is_file():
-        return "not recorded here"
-    return ", ".join(name.rstrip("/").rpartition("/")[2] for name in load(PretrainConfig, path).loader.shards)
-
-
 def main() -> None:
     """Entry point."""
     given = arguments()
     if given.recipe_from:
+        if given.out:
+            raise UserError("--recipe-from prints a recipe and writes nothing; leave --out away")
         print(recipe(given.recipe_from, given), end="")
         return
     if given.head and given.to != "dino":
@@ -133,7 +126,7 @@ def main() -> None:
             given.out, backbone, *(exporting.head_of(given.source, found) if given.head else ({}, {}))
         )
     else:
-        told = exporting.to_hub(given.out, backbone, config, trained_on(given.source))
+        told = exporting.to_hub(given.out, backbone, config, exporting.trained_on(given.source))
     print(f"  written    {told}")
 
 

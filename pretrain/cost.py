@@ -22,6 +22,9 @@ from pretrain.views import Size, ViewsConfig
 
 MASKS_DRAWN = 2000  # for the mean number of masked patches; its standard error is 1 % then
 FULL = 4  # bytes of a float32
+# share and bytes that come on top. CPU: the growth of a process was 16 to 32 % above the other items (four sizes, tried
+# once). CUDA: an assumption, context and libraries included
+SPARE = {"cpu": (0.25, 0.0), "cuda": (0.1, 1.5e9)}
 LOG_LINE = 1500  # bytes of a line in metrics.jsonl and of the same values for TensorBoard
 
 
@@ -182,25 +185,25 @@ def saved_bytes(s: Sizes, head: HeadsConfig, half: bool, fused: bool) -> dict[st
 
 
 def step_memory(
-    s: Sizes, head: HeadsConfig, counts: tuple[int, int], images: int, half: bool, fused: bool, processes: int = 1
+    s: Sizes, head: HeadsConfig, counts: tuple[int, int], images: int, half: bool, gpu: bool
 ) -> dict[str, float]:
-    """Bytes of a device at the peak of a step, item by item: when the backward begins.
+    """Bytes of a device at the peak of a step, item by item: about when the backward begins.
 
-    counts: parameters of the student, of the teacher. images: of a micro-batch. half, fused: as in `saved_bytes`.
-    processes: with more than one, DDP keeps a second copy of the gradients. Left out: the CUDA context and the
-    allocator's loss, see planning.py.
+    counts: parameters of the student, of the teacher. images: of a micro-batch. half: see `saved_bytes`. gpu: fused
+    attention, and what CUDA itself takes. The same on any number of devices: DDP reduces the gradients where they lie.
     """
     student, teacher = counts
     logits = head.out_dim * FULL * images
-    saved = saved_bytes(s, head, half, fused)
-    return {
+    items = {
         "weights of student and teacher": FULL * (student + teacher) + (2 * student if half else 0),
-        "gradients": FULL * student * (2 if processes > 1 else 1),
+        "gradients": FULL * student,
         "AdamW": 2 * FULL * student,
-        "activations": images * sum(saved.values()),
+        "activations": images * sum(saved_bytes(s, head, half, gpu).values()),
         # the student's logits, their log-softmax and two gradients of that size; the teacher's logits and targets
         "logits": 4 * (2 + s.locals) * logits + 2 * (2 + s.masked) * logits + 2 * PART * FULL,
     }
+    share, fixed = SPARE["cuda" if gpu else "cpu"]
+    return items | {"temporary, and lost by the allocator": fixed + share * sum(items.values())}
 
 
 def tensor_bytes(tensors: dict[str, Any]) -> int:
@@ -218,8 +221,13 @@ def state_bytes(modules: dict[str, nn.Module]) -> int:
 def folder_bytes(
     modules: dict[str, nn.Module], kept: CheckpointConfig, steps: int, steps_per_epoch: float, log_every: int
 ) -> float:
-    """Bytes of a run folder at the end: full states, teachers, the log. While a state is written there is one more."""
+    """Bytes of a run folder at the end, or a little more than that: full states, teachers, the log.
+
+    While a state is written there is one more of them.
+    """
     states = min(kept.keep, max(1, math.ceil(steps / (kept.every_epochs * steps_per_epoch))))
     teachers = 1 + int(steps / (kept.teacher_every_epochs * steps_per_epoch))
+    if kept.teacher_newest_every_epochs:
+        teachers += min(kept.teacher_newest, int(steps / (kept.teacher_newest_every_epochs * steps_per_epoch)))
     teacher = tensor_bytes(modules["teacher"].backbone.vit.state_dict())
     return states * state_bytes(modules) + teachers * teacher + steps // log_every * LOG_LINE

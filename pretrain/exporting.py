@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from pretrain import checkpoint
 from pretrain.backbone import Backbone
 from pretrain.foreign import Found
 from recipes.errors import UserError
+from recipes.record import RECIPE
 
 CARD = """---
 library_name: timm
@@ -81,6 +83,18 @@ def head_of(source: str, found: Found | None) -> tuple[dict[str, Tensor], dict[s
     head = {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
     names = {kind: f"centres.{kind}.centre" for kind in ("cls", "patches")}
     return head, {kind: tensors[name] for kind, name in names.items() if name in tensors}
+
+
+def trained_on(source: str) -> str:
+    """Names of the sets in the recipe of a run of ours, without their folders."""
+    for folder in (Path(source), *Path(source).parents):
+        if (folder / RECIPE).is_file():
+            recipe = yaml.safe_load((folder / RECIPE).read_text())
+            sets = recipe.get("loader", recipe.get("benchmark", {})).get("shards", "not recorded here")
+            return ", ".join(
+                str(name).rstrip("/").rpartition("/")[2] for name in ([sets] if isinstance(sets, str) else sets)
+            )
+    return "not recorded here"
 
 
 def _plain_vit(backbone: Backbone, target: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from recipes.errors import UserError
 TIMM = "timm:"  # `--ckpt timm:NAME`: pretrained weights that timm fetches
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")  # .tar: MSN's files end with .pth.tar
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder in the layout of the Hub
+READ_BESIDE = {"args", "student", "ibot_loss", "dino_loss", "epoch"}  # beside the teacher in a training file
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class Found(NamedTuple):
     def config(self) -> dict[str, Any]:
         """What stands in config.json of an exported model of ours."""
         normalize = {"normalize": self.normalize} if self.normalize else {}
-        return {"kind": "backbone", "timm": self.arguments, **normalize, "source": self.report.sentence()}
+        # without folders: this text travels with the model
+        source = replace(self.report, source=Path(self.report.source).name).sentence()
+        return {"kind": "backbone", "timm": self.arguments, **normalize, "source": source}
 
 
 def is_foreign(ckpt: str | Path) -> bool:
@@ -166,7 +169,10 @@ def _checked(file: Unwrapped, found: Sorted, arguments: dict[str, Any], normaliz
     own = {name: _own(tensor) for name, tensor in found.backbone.items()}
     head, centres, mask = _heads(file, found, where)
     notes = [] if normalize else ["the file does not tell mean and std of its images: those of the recipe are used"]
-    asides = sorted(str(key) for key in file.beside if key not in ("args", "student", "ibot_loss", "dino_loss"))
+    epoch = file.beside.get("epoch")
+    # checkpoint0220.pth of DINO and iBOT comes after epoch 220 counted from 0, and says 221 inside
+    notes += [f"{epoch} epochs done, by the count in the file"] if isinstance(epoch, int) else []
+    asides = sorted(str(key) for key in file.beside if key not in READ_BESIDE)
     notes += [f"not read: {', '.join(asides)}"] if asides else []
     report = Report(where, found.style.name, found.origin, found.left_out, {}, tuple(notes))
     return Found(own, arguments, report, head, centres, mask, settings(file.beside), normalize)

@@ -36,7 +36,7 @@ class HealthConfig(Section):
 
 
 COLD = 0.01  # teacher temperature far below the 0.02 to 0.07 of published recipes
-EVEN = 0.98  # share of ln K; a mean target with more entropy needs no centring
+EVEN = 0.99  # share of ln K; a mean target with more entropy needs no centring
 FLAT_LOSS = 0.005  # share of ln K by which a loss that is pinned there may differ from it
 FLAT_STEPS = 200
 SKIPS = "skipped_steps"  # the alarm that is no collapse
@@ -211,7 +211,7 @@ class Watch:
             self.ringing = {name: sign.text for name, sign in found.items() if lasted[name] >= sign.lasting}
         if newly > 0:
             self.ringing[SKIPS] = (
-                f"{newly} steps since the line before were skipped, because the loss or the gradient was not finite "
+                f"{newly} step(s) since the line before were skipped, because the loss or the gradient was not finite "
                 f"({skipped} in all); if it happens often, lower schedules.lr or set heads.norm_last_layer=true"
             )
         return [name for name in self.ringing if name not in before]

@@ -74,9 +74,9 @@ def mim_loss(
 ) -> Tensor:
     """MIM term: masked patches against the teacher's same patch, normalised by the mask count of each view.
 
-    student: unit vectors [M, C]. prototypes: [K, C]. targets: probabilities [M, K]. weights: [M], 1 / masked patches of the
-    view. views: 2 B; those without a mask stay in the mean and add nothing. Returns the mean over the views of the mean
-    over their masked patches of H(targets, softmax(student @ prototypes^T / temperature)).
+    student: unit vectors [M, C]. prototypes: [K, C]. targets: probabilities [M, K]. weights: [M], 1 / masked patches of
+    the view. views: 2 B; those without a mask stay in the mean and add nothing. Returns the mean over the views of the
+    mean over their masked patches of H(targets, softmax(student @ prototypes^T / temperature)).
     """
     return PrototypeCrossEntropy.apply(student.float(), prototypes, targets, weights / views, temperature)
 
@@ -84,8 +84,8 @@ def mim_loss(
 class PrototypeCrossEntropy(torch.autograd.Function):
     """sum_i w_i H(t_i, softmax(z_i W^T / temperature)) and its gradients, a few rows at a time.
 
-    Only a part of the [M, K] logits is ever there: the gradients with respect to z and W, which are small, are made in the
-    forward pass, while the part is at hand. With p = softmax: dH/dlogits = (p - t) / temperature, as each t sums to 1.
+    Only a part of the [M, K] logits is ever there: the gradients with respect to z and W, which are small, are made in
+    the forward pass, while the part is at hand. With p = softmax: dH/dlogits = (p - t) / temperature, as t sums to 1.
     """
 
     @staticmethod

@@ -102,7 +102,9 @@ def _add(x: Tensor, branch: Callable[[Tensor, Layout], Tensor], layout: Layout, 
     if depth is None:
         return x + branch(x, layout)
     if depth.rows is not None:
-        return x.index_add(0, depth.rows, branch(x[depth.rows], depth.layout).to(x.dtype), alpha=depth.scale)
+        return x.index_add(
+            0, depth.rows, branch(x.index_select(0, depth.rows), depth.layout).to(x.dtype), alpha=depth.scale
+        )
     return torch.addcmul(x, branch(x, layout).to(x.dtype), depth.factor)
 
 
@@ -129,13 +131,13 @@ def run_last_block(
     """The last block where only some of its outputs are read: all tokens are keys and values, the rest of the block
     runs on the wanted rows alone. Exact, not an approximation.
 
-    layout: with `cls_only` where of a span only CLS is wanted. wanted: int64 [R] twice: the rows of x, and the same rows
-    of the attention's answer. factors: of both branches, [T, 1] or None. Returns [R, D].
+    layout: with `cls_only` where of a span only CLS is wanted. wanted: int64 [R] twice: the rows of x, and the same
+    rows of the attention's answer. factors: of both branches, [T, 1] or None. Returns [R, D].
     """
     rows, answered = wanted
-    first, second = (None if factor is None else Depth(factor[rows]) for factor in factors)
-    answer = attention(block.attn, block.norm1(x), layout, kernel)[answered]
-    x = _add(x[rows], lambda *_: block.ls1(project(block.attn, answer)), layout, first)
+    first, second = (None if factor is None else Depth(factor.index_select(0, rows)) for factor in factors)
+    answer = attention(block.attn, block.norm1(x), layout, kernel).index_select(0, answered)
+    x = _add(x.index_select(0, rows), lambda *_: block.ls1(project(block.attn, answer)), layout, first)
     return _add(x, lambda tokens, _: block.ls2(block.mlp(block.norm2(tokens))), layout, second)
 
 
@@ -156,9 +158,9 @@ def kept(draws: Tensor, rate: float, layout: Layout, device: torch.device) -> De
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
     """The attention for a device and the type of its products.
 
-    On CPUs fused attention is several times slower than plain products in bf16 at these lengths, and equal in float32. On
-    GPUs that have flash attention one call takes the sequences of all lengths; it is tried against the fused one first,
-    and where it does not give the same the fused one is taken and a warning says so.
+    On CPUs fused attention is several times slower than plain products in bf16 at these lengths, and equal in float32.
+    On GPUs that have flash attention one call takes the sequences of all lengths; it is tried against the fused one
+    first, and where it does not give the same the fused one is taken and a warning says so.
     """
     if device.type != "cuda":
         return "plain"

@@ -26,9 +26,7 @@ from shards.order import OrderConfig, check_ranks
 from shards.packed import PackedSplit
 from shards.reader import ShardReader
 
-CUDA_BYTES = 1.5e9  # an assumption: context and libraries
-ALLOCATOR = 1.1  # an assumption: what an allocator takes for what is asked of it
-ROOM = 0.9  # share of the memory that the estimate may fill: it is good to about a tenth
+ROOM = 0.9  # share of the memory that an estimate may fill
 LARGE = 1024  # images of a global batch up to which the learning rate follows the linear rule
 
 
@@ -130,9 +128,7 @@ def plan(
     counts = tuple(sum(p.numel() for p in modules[name].parameters()) for name in ("student", "teacher"))
 
     def memory(micro: int) -> dict[str, float]:
-        found = cost.step_memory(sizes, head, counts, micro, half, on.gpu, on.count)
-        spare = CUDA_BYTES + (ALLOCATOR - 1) * sum(found.values())
-        return found | ({"CUDA and its allocator": spare} if on.gpu else {})
+        return cost.step_memory(sizes, head, counts, micro, half, on.gpu)
 
     parts = {config.backbone.name: student.backbone, "head": student.head}
     made = Plan(

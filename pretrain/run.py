@@ -46,7 +46,7 @@ def arguments() -> tuple[PretrainConfig, Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(recipe_path("pretrain/smoke.yaml")), help="YAML file; default: smoke")
     parser.add_argument("--out", type=Path, help="run folder; default: runs/<name of the recipe>")
-    parser.add_argument("--ckpt", help="start from the teacher of this run folder, or from an exported teacher")
+    parser.add_argument("--ckpt", help="start: run folder, teacher, a file of others, timm:NAME (docs/checkpoints.md)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
     given = parser.parse_intermixed_args()  # an override may stand before and after an option
     given.overrides += [f"ckpt={json.dumps(given.ckpt)}"] if given.ckpt else []

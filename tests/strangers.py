@@ -124,6 +124,8 @@ def strangers() -> dict[str, Stranger]:
     mask = drawn({"mask_token": (1, DIM)}, 4)
     theirs, of_pass, parts = pass_backbone()
     registers = drawn({"register_tokens": (1, 4, DIM)}, 9)
+    # the gated MLP: two halves out of the first layer, one into the second
+    gated = scaled | {name: t[:, : 2 * DIM].clone() for name, t in scaled.items() if name.endswith("fc2.weight")}
     with_scale = backbone(scale=True)
     places = with_scale["pos_embed"]
     longer = torch.cat([places[:, :1], torch.zeros(1, 4, DIM), places[:, 1:]], dim=1)
@@ -147,6 +149,10 @@ def strangers() -> dict[str, Stranger]:
         ),
         "DINOv2": Stranger(scaled | mask, scaled, {"mask_token"}, "DINOv2 backbone"),
         "DINOv2 in chunks": Stranger(chunked(scaled | mask, 2), scaled, {"mask_token"}, "DINOv2 backbone"),
+        "DINOv2 giant": Stranger(
+            {key.replace("fc1", "w12").replace("fc2", "w3"): tensor for key, tensor in (gated | mask).items()},
+            *(gated, {"mask_token"}, "DINOv2 backbone"),
+        ),
         "DINOv2 with registers": Stranger(
             with_scale | mask | registers,
             *(with_scale | {"reg_token": registers["register_tokens"], "pos_embed": longer}, {"mask_token"}, "DINOv2"),

@@ -84,7 +84,8 @@ def test_every_step_is_a_line(once):
 def test_it_starts_from_the_teacher(people, teacher):
     config = load(FinetuneConfig, "finetune/figures.yaml", [f"benchmark.shards={people}", *small.FINETUNE])
     identities = select_identities(config.identities, ShardReader([people], "train").pids)
-    ours = build_method(config.model_copy(update={"ckpt": str(teacher)}), identities).backbone.vit.state_dict()
+    method, _ = build_method(config.model_copy(update={"ckpt": str(teacher)}), identities)
+    ours = method.backbone.vit.state_dict()
     theirs = load_file(teacher / "teacher" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

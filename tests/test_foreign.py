@@ -75,6 +75,7 @@ def test_what_lies_outside_of_the_backbone_must_be_known(tmp_path):
         foreign.read(written(tmp_path, put("base.", backbone(TALL) | {"sie_embed": torch.zeros(6, 1, DIM)})))
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_other_networks_are_refused(tmp_path):
     swin = {"patch_embed.proj.weight": torch.zeros(96, 3, 4, 4), "layers.0.blocks.0.norm1.weight": torch.zeros(96)}
     with pytest.raises(
@@ -117,7 +118,8 @@ def test_the_teacher_is_taken_with_its_head_centres_and_the_students_mask(tmp_pa
     assert found.settings["lambda2"] == 0.5
     assert found.arguments["img_size"] == [256, 128]
     assert found.normalize["mean"] == [0.485, 0.456, 0.406]
-    assert "not read: epoch, fp16_scaler, optimizer" in str(found.report)
+    assert "221 epochs done, by the count in the file" in str(found.report)
+    assert "not read: fp16_scaler, optimizer" in str(found.report)
     newer = {key.replace("weight_g", "parametrizations.weight.original0"): v for key, v in content["teacher"].items()}
     newer = {key.replace("weight_v", "parametrizations.weight.original1"): v for key, v in newer.items()}
     again = foreign.read(written(tmp_path, {"teacher": newer}))

@@ -6,8 +6,8 @@ import timm
 import torch
 from strangers import DIM, written
 
-from pretrain import checkpoint, foreign
-from pretrain.backbone import Backbone, create_vit
+from pretrain import architecture, checkpoint, foreign
+from pretrain.backbone import Backbone, BackboneConfig, create_vit, timm_arguments
 from recipes.errors import UserError
 
 ALL = strangers.strangers()
@@ -53,6 +53,18 @@ def test_safetensors_and_folders_of_the_hub(tmp_path):
         backbone_, config = checkpoint.load_backbone(name)
         assert backbone_.grid == (4, 2)
         assert "normalize" in config
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"]
+)
+def test_the_published_sizes_of_dinov2_fit_timms_names(name):
+    wanted = timm_arguments(BackboneConfig(name=name, patch_size=14), (252, 126))
+    tensors = architecture.empty_vit(wanted).state_dict()
+    found = architecture.timm_arguments_of(tensors, (18, 9), "x")
+    assert architecture.differences(found, wanted) == []
+    plain = timm_arguments(BackboneConfig(name="vit_small_patch16_224", patch_size=14), (252, 126))
+    assert "layer scale is True, the recipe asks for False" in architecture.differences(found, plain)
 
 
 def test_weights_of_timm_by_name(tmp_path, monkeypatch):

@@ -1,29 +1,270 @@
-"""Damaged samples: counted over all processes, tolerated up to a share."""
+"""What a run writes and when, without waiting for the device in between; what stops it."""
+
+import json
+import math
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.journal import BadSamples
+from pretrain.centering import Centering, CenteringConfig
+from pretrain.health import HealthConfig
+from pretrain.journal import BadSamples, Journal, Skipped
+from pretrain.losses import Guessed, Logits
+from pretrain.student_teacher import Seen
 from recipes.errors import UserError
+from recipes.progress import Meter
+from recipes.record import RunFolder
+
+K, D, B, STEPS = 16, 8, 6, 128
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: it reads a number, or a size that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"), name
+        return func(*args, **kwargs or {})
+
+
+class Replaced:
+    """A batch of which `count` samples were damaged."""
+
+    def __init__(self, count: int):
+        self.replaced = torch.full((B,), -1)
+        self.replaced[:count] = 5
+
+    def to(self, device: torch.device) -> "Replaced":
+        return self
+
+
+class Run:
+    """A journal and what it needs; steps whose values are made up."""
+
+    def __init__(self, out: Path, every: int = 7, first: int = 0, most_bad: float = 0.5, rates=None, **health):
+        self.skipped = Skipped()
+        centres = nn.ModuleDict({"cls": Centering(K, CenteringConfig())})
+        meter = Meter(STEPS * B, "test", start=first * B, silent=True)
+        self.out, self.config = out, HealthConfig(**health)
+        self.journal = Journal(
+            RunFolder.open(out, CenteringConfig(), main=True),
+            Accelerator(cpu=True),
+            meter,
+            (every, B),
+            BadSamples(most_bad, 100),
+            {"centres": centres, "skipped": self.skipped},
+            self.config,
+            rates,
+        )
+
+    def step(self, step: int, loss: float = 2.0, norm: float = 1.0, teacher: float = 0.0, bad: int = 0) -> bool:
+        """One step of two micro-batches; whether it was finite."""
+        for half, _ in enumerate(self.journal.waited_for(iter([Replaced(bad), Replaced(0)]), 2)):
+            made = torch.Generator().manual_seed(2 * step + half)
+            targets = torch.softmax(torch.randn(2, B, K, generator=made), dim=-1)
+            features = torch.randn(2, B, D, generator=made)
+            seen = Seen(Logits(targets, None), torch.full((K,), 1 + teacher), None, features)
+            losses = {"loss": torch.tensor(loss + half), "loss_cls": torch.tensor(1.0 + half)}
+            forward = (Logits(targets, None), seen, Guessed(targets, None, None, features))
+            self.journal.collect(losses, forward, 0.5)
+        finite = self.journal.check(torch.tensor(norm))
+        assert isinstance(finite, Tensor)
+        assert (finite.shape, finite.dtype) == ((), torch.bool)
+        self.journal.record(step, {"lr": 0.1, "teacher_temperature": 0.04, "grad_norm": torch.tensor(norm)})
+        return bool(finite)
+
+    @property
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_share_of_what_was_seen_but_of_an_epoch_at_least():
     bad = BadSamples(0.01, epoch=1000)
     bad.add(10, 64)  # 1 % of an epoch, though much more of what was seen
+    bad.check()
+    bad.add(1, 64)
     with pytest.raises(UserError) as caught:
-        bad.add(1, 64)
+        bad.check()
     assert str(caught.value) == (
         "11 damaged samples among 128: more than loader.max_bad = 0.01 of the 1000 allowed for; see which with "
         "shards/check.py, or raise loader.max_bad"
     )
     later = BadSamples(0.01, epoch=1000)
-    later.add(10, 2000)
-    later.add(10, 0)
+    later.add(20, 2000)
+    later.check()
+    later.add(1, 0)
     with pytest.raises(UserError):
-        later.add(1, 0)
+        later.check()
 
 
 def test_none_allowed():
     bad = BadSamples(0.0, epoch=100)
     bad.add(0, 50)
+    bad.check()
+    bad.add(1, 50)
     with pytest.raises(UserError):
-        bad.add(1, 50)
+        bad.check()
+
+
+def test_which_steps_are_written(tmp_path):
+    run = Run(tmp_path, every=30)
+    for step in range(STEPS):
+        assert run.step(step)
+    # every 30th, every 10th of the first 50, and the last
+    assert [line["step"] for line in run.lines] == [0, 10, 20, 30, 40, 60, 90, 120, 127]
+    line = run.lines[-1]
+    assert (line["samples"], line["loss"], line["loss_cls"], line["lr"], line["grad_norm"]) == (768, 2.5, 1.5, 0.1, 1.0)
+    assert (line["skipped_steps"], line["bad_samples"]) == (0, 0)
+    assert 0 < line["teacher_entropy"] < line["mean_entropy"] < math.log(K)
+    assert 1 < line["effective_rank"] <= B
+    assert 0 <= line["data_wait"] < 1
+    assert not {"mfu", "not_finite"} & line.keys()
+
+
+def test_nothing_is_read_of_the_other_steps(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.step(0)
+    values = {"lr": 0.1, "teacher_temperature": 0.04}
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"{name} of a tensor"))
+    for step in range(1, 7):
+        targets, features = torch.full((2, B, K), 1 / K), torch.ones(2, B, D)
+        forward = (
+            Logits(targets, None),
+            Seen(Logits(targets, None), torch.ones(K), None, features),
+            Guessed(targets, None, None, features),
+        )
+        run.journal.losses = {}
+        with NoReading():
+            run.journal.collect({"loss": torch.ones(()), "loss_cls": torch.ones(())}, forward, 1.0)
+            norm = torch.full((), math.nan if step == 3 else 1.0)
+            run.journal.check(norm)
+            run.journal.record(step, {**values, "grad_norm": norm})
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
+        run.step(7)
+    assert int(run.skipped.total) == 1
+
+
+@pytest.mark.parametrize(
+    "fault, names",
+    [
+        ({"loss": math.nan}, ["loss"]),
+        ({"norm": math.inf}, ["grad_norm"]),
+        ({"teacher": math.nan}, ["teacher"]),
+        ({"loss": -math.inf, "norm": math.nan}, ["loss", "grad_norm"]),
+    ],
+)
+def test_a_step_that_is_not_finite(tmp_path, capsys, fault, names):
+    run = Run(tmp_path, every=2)
+    assert run.step(0)
+    assert not run.step(1, **fault)
+    assert not run.step(2, **fault)
+    assert (int(run.skipped.total), int(run.skipped.row)) == (2, 2)
+    assert run.step(3)
+    assert run.step(4)
+    assert (int(run.skipped.total), int(run.skipped.row)) == (2, 0)
+    first, broken, after = run.lines
+    assert "not_finite" not in first
+    assert first["skipped_steps"] == 0
+    assert broken["not_finite"] == names
+    assert broken["skipped_steps"] == after["skipped_steps"] == 2
+    assert [broken[name] is None for name in ("loss", "grad_norm")] == [name in names for name in ("loss", "grad_norm")]
+    assert broken["alarms"] == ["skipped_steps"]
+    assert (after["loss"], after["grad_norm"]) == (2.5, 1.0), "what was skipped poisons nothing"
+    assert "alarms" not in after
+    assert capsys.readouterr().err.startswith("alarm skipped_steps at step 2: 2 step(s) since the line before were")
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path):
+    run = Run(tmp_path, every=1, max_skipped=2)
+    run.step(0, loss=math.nan)
+    run.step(1, loss=math.nan)
+    run.step(2)
+    run.step(3, norm=math.nan)
+    run.step(4, norm=math.nan)
+    with pytest.raises(UserError) as caught:
+        run.step(5, norm=math.nan)
+    assert str(caught.value) == (
+        "step 5: 3 steps in a row were skipped, more than health.max_skipped = 2, because of values that are not "
+        "finite (grad_norm); begin a new run with a lower schedules.lr, heads.norm_last_layer=true or "
+        f"schedules.teacher_temperature=0.04, from scratch or from --ckpt {tmp_path}"
+    )
+    assert run.lines[-1]["skipped_steps"] == 5, "the line is there although the run stops"
+
+
+def test_a_stop_names_what_failed_between_the_lines(tmp_path):
+    run = Run(tmp_path, every=4, max_skipped=2)
+    run.step(0)
+    for step in (1, 2, 3):
+        run.step(step, loss=math.nan)
+    with pytest.raises(UserError, match=r"4 steps in a row .*\(loss, grad_norm\)"):
+        run.step(4, norm=math.nan)
+
+
+def test_damaged_samples_are_counted_over_the_steps(tmp_path):
+    run = Run(tmp_path, every=5, most_bad=0.03)  # 3 of an epoch of 100
+    run.step(0, bad=1)
+    for step in range(1, 5):
+        run.step(step, bad=int(step == 2))
+    run.step(5, bad=1)
+    assert [line["bad_samples"] for line in run.lines] == [1, 3]
+    for step in range(6, 10):
+        run.step(step, bad=1)
+    with pytest.raises(UserError, match=r"7 damaged samples among 66"):
+        run.step(10)
+    assert run.lines[-1]["bad_samples"] == 7
+
+
+def test_the_share_of_the_peak(tmp_path):
+    run = Run(tmp_path / "a", rates=(2e9, 1e12))
+    run.step(0)
+    (line,) = run.lines
+    assert line["mfu"] == pytest.approx(line["images_per_s"] * 2e9 / 1e12)
+    unknown = Run(tmp_path / "b", rates=(2e9, None))
+    unknown.step(0)
+    assert "mfu" not in unknown.lines[0]
+    assert "MFU" not in unknown.journal.meter.note
+    assert run.journal.meter.note.startswith("loss 2.5000  cls 1.5000  data wait ")
+    assert "  MFU " in run.journal.meter.note
+
+
+def repeatable(run: Run) -> list[dict]:
+    clock = ("images_per_s", "data_wait", "mfu")
+    return [{name: value for name, value in line.items() if name not in clock} for line in run.lines]
+
+
+@pytest.mark.parametrize("stopped_at", [12, 26, 40])
+def test_a_run_that_goes_on_rings_the_same_alarms(tmp_path, stopped_at):
+    """All targets uniform beyond their settings: an alarm begins at step 30 and is found again in the lines."""
+    settings = {"uniform": 0.1, "flat_epochs": 0.001, "lasting": 10, "prototypes": K, "first_step": 20}
+    alone, first = Run(tmp_path / "alone", every=1, **settings), Run(tmp_path / "run", every=1, **settings)
+    for step in range(50):
+        alone.step(step)
+        if step < stopped_at:
+            first.step(step)
+    second = Run(tmp_path / "run", every=1, first=stopped_at, **settings)
+    for step in range(stopped_at, 50):
+        second.step(step)
+    assert repeatable(alone) == repeatable(second)
+    rings = [line["step"] for line in alone.lines if "one_prototype" in line.get("alarms", [])]
+    assert rings == list(range(30, 50))
+
+
+def test_a_collapse_can_stop_the_run(tmp_path):
+    run = Run(tmp_path, every=1, on_collapse="stop", prototypes=K)
+    for step in range(30):
+        run.step(step)
+    stop = (
+        r"step 30: one_prototype: every image gets the same prototype.*\(it stops here because health.on_collapse=stop"
+    )
+    with pytest.raises(UserError, match=stop):
+        run.step(30)
+    again = Run(tmp_path, every=1, first=31, on_collapse="stop", prototypes=K)
+    with pytest.raises(UserError, match="step 31: one_prototype"):
+        again.step(31)
+    assert again.lines[-1]["alarms"] == ["one_prototype"]

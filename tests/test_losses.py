@@ -193,8 +193,8 @@ def test_the_gradients_made_in_parts_are_those_of_autograd(monkeypatch, rows):
 
 
 def test_koleo_by_hand_and_its_direction():
-    # view 0: three unit vectors at 0, 90 and 180 degrees: each has its neighbour at distance sqrt(2). View 1: twice as long
-    # vectors of which two are 60 degrees apart (distance 1), the third is 120 degrees from the nearer one (sqrt(3))
+    # view 0: three unit vectors at 0, 90 and 180 degrees: each has its neighbour at distance sqrt(2). View 1: vectors
+    # twice as long of which two are 60 degrees apart (distance 1), the third 120 degrees from the nearer one (sqrt(3))
     angles = torch.tensor([[0.0, 90, 180], [0, 60, 180]]).deg2rad()
     features = torch.stack([angles.cos(), angles.sin()], dim=-1) * torch.tensor([1.0, 2.0])[:, None, None]
     by_hand = -math.log(math.sqrt(2)) - (0 + 0 + math.log(math.sqrt(3))) / 3

@@ -1,4 +1,4 @@
-"""One forward over crops of two sizes is one forward for each: values, gradients, stochastic depth, the wanted tokens."""
+"""One forward over crops of two sizes is one forward for each: values, gradients, stochastic depth."""
 
 import pytest
 import torch

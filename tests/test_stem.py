@@ -175,7 +175,7 @@ def test_a_teacher_in_eval_mode_normalises_by_the_batch(stem):
     train_norms(teacher)
     assert [part.training for part in (teacher, teacher[0], teacher[1], teacher[2])] == [False, False, False, True]
     assert torch.equal(teacher[0](images), stem(images))
-    for _ in range(200):  # 0.9^200 of the start is left
+    for _ in range(100):  # 0.9^100 of the start is left
         teacher[0](images)
     teacher.eval()
     # torch notes the variance with B H W - 1 in the denominator; of 4 x 32 x 16 values that is 1/4000 of a deviation
@@ -229,10 +229,10 @@ def test_an_exported_teacher_with_the_stem_is_loaded_again(tmp_path):
 def test_a_pretraining_with_it_learns_exports_and_loads(given, tmp_path):
     crops = small.drawn(tmp_path, small.UNLABELED)
     command = small.arguments("pretrain/run.py", tmp_path / "run", crops, given, "backbone.patch_size=16")
-    assert small.run([*command, "schedules.epochs=3"]) == 0
+    assert small.run([*command, "schedules.epochs=3", "views.local_count=1"]) == 0
     losses = [line["loss"] for line in small.metrics(tmp_path / "run")]
     assert len(losses) == 3 * 8
-    assert sum(losses[16:]) / 8 < sum(losses[:8]) / 8 - 0.15, "the same images, two epochs later"
+    assert sum(losses[16:]) / 8 < sum(losses[:8]) / 8 - 0.1, "the same images, two epochs later"
     teacher = tmp_path / "run" / "teacher"
     backbone, _ = load_backbone(teacher)
     images = noise(3, 3, 64, 32)

@@ -58,6 +58,10 @@ class Images(NamedTuple):
     masks: list[Tensor]  # bool [B, rows, columns] of the global crops, True = masked
     draws: list[Tensor]  # float32 [B, S] uniform in [0, 1): for each residual branch of each crop
 
+    def to(self, device: torch.device) -> "Images":
+        """The same on a device, tensor by tensor; asynchronous from pinned memory."""
+        return Images(*([part.to(device, non_blocking=True) for part in parts] for parts in self))
+
 
 class TextbookStep:
     """Student, teacher, centres, optimiser. `step(images)` is one step of training and returns the losses."""

@@ -87,16 +87,15 @@ def draw_batch(crops: Crops, grid: tuple[int, int], places: int, number: int = 0
     return collate(samples)
 
 
-def images_of(batch: Batch, device: torch.device | str = "cpu") -> Images:
+def images_of(batch: Batch) -> Images:
     """The same batch as the textbook takes it."""
     colour = PhotometricConfig()
     crops = [
-        normalize(crop.to(device), colour.mean, colour.std).contiguous()
+        normalize(crop, colour.mean, colour.std).contiguous()
         for crops in (batch.global_crops, batch.local_crops)
         for crop in crops
     ]
-    draws = [draw.to(device) for draws in (batch.global_drops, batch.local_drops) for draw in draws]
-    return Images(crops, [mask.to(device) for mask in batch.masks], draws)
+    return Images(crops, list(batch.masks), [*batch.global_drops, *batch.local_drops])
 
 
 class OurStep:

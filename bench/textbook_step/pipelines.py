@@ -78,9 +78,9 @@ class Pipeline(ABC):
     def batches(self, place: int, count: int) -> Iterator[Any]:
         """The next `count` batches."""
 
-    @abstractmethod
     def on_device(self, batch: Any) -> Any:
         """A batch as the step takes it."""
+        return batch.to(torch.device(self.work.device))
 
     def _settle(self) -> float:
         if self.cuda:
@@ -161,9 +161,6 @@ class OurPipeline(Pipeline):
         sampler = MicroBatches((first, first + count), work.batch, work.batch, 0, 1)
         return iter(build_loader(self.makers[place], sampler, config, pin=self.cuda))
 
-    def on_device(self, batch: Batch) -> Batch:
-        return batch.to(torch.device(self.work.device))
-
 
 class TextbookPipeline(Pipeline):
     """torchvision on PIL images in a DataLoader, file by file, and the textbook's step."""
@@ -196,10 +193,6 @@ class TextbookPipeline(Pipeline):
         views = [torch.stack(view) for view in zip(*crops, strict=True)]
         draws = list(torch.rand(len(views), len(samples), self.places))
         return Images(views, list(torch.stack(masks, dim=1)), draws)
-
-    def on_device(self, batch: Images) -> Images:
-        device = torch.device(self.work.device)
-        return Images(*([part.to(device, non_blocking=True) for part in parts] for parts in batch))
 
 
 def _one_thread(_: int) -> None:
