@@ -7,9 +7,9 @@
 The textbook step is bench/textbook_step: what published code of DINO and iBOT does. Both start from the same weights
 and see the same batches (2 crops of 256 x 128 and 8 of 96 x 64, masks as the recipes draw them, the same draws of drop
 path), and the losses of all steps must agree: in float32 by 1e-5. Each way lives in a process of its own, so that its
-peak memory is its own; they take turns, and the other one sleeps. Every step has a batch of its own, because the shapes in
-our step change with what is masked and dropped. The step moves it to the device, as both programs do: ours bytes, which
-it normalises there; the textbook normalised floats, as published loaders give them.
+peak memory is its own; they take turns, and the other one sleeps. Every step has a batch of its own, because the shapes
+in our step change with what is masked and dropped. The step moves it to the device, as both programs do: ours bytes,
+which it normalises there; the textbook normalised floats, as published loaders give them.
 
 Beside them the rate of a matrix product is measured in each round; `share` is what a step reaches of the rate of its
 precision, by the products that it really computes (`gflop_per_image`). In bf16 the textbook is the published one, all
@@ -41,7 +41,7 @@ from pretrain.batch import Batch
 from pretrain.heads import HeadsConfig
 
 # relative difference of the losses. bf16 keeps 8 bits, and what is divided by 0.04 in it loses more of them
-CLOSE = {("float32", "same"): 1e-5, ("bf16", "same"): 5e-3, ("bf16", "published"): 3e-2}
+CLOSE = {("float32", "same"): 1e-5, ("bf16", "same"): 5e-3, ("bf16", "published"): 1e-2}
 COUNTED = 8  # images at most whose operations are counted
 
 

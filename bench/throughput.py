@@ -11,10 +11,10 @@ has a process of its own, they take turns, and `ratio` is the time of an image i
 is known: floating-point operations of our step, as pretrain/cost.py counts them, over the peak.
 
 --flat: does the cost of an image grow with the set? A packed set of a million samples is written (2.7 GB: 64 small
-JPEGs again and again, each copy in a place of its own), and sets of its first tars. The samples are read in the shuffled
-order from the middle of an epoch on. Here `ours` is an image of the largest set and `textbook` one of the smallest, so
-that a ratio of 1.0 means flat; `ready_s` is the time from nothing to the first views. The files were just written, so
-most of their bytes are in memory.
+JPEGs again and again, each copy in a place of its own), and sets of its first tars. The samples are read in the
+shuffled order from the middle of an epoch on. Here `ours` is an image of the largest set and `textbook` one of the
+smallest, so that a ratio of 1.0 means flat; `ready_s` is the time from nothing to the first views. The files were just
+written, so most of their bytes are in memory.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from shards.packing import PackingConfig
 from shards.reader import ShardReader
 
 FILES = 1024  # JPEGs that the textbook reads
-LOADED = 256  # images at least that the loader alone is timed with
+LOADED = 256  # images at least that the loader alone is timed with; with --flat 2,048
 SIZES = (10_000, 100_000, 1_000_000)
 
 
@@ -109,7 +109,7 @@ def compare(work: Work, rounds: int, steps: int) -> dict[str, Any]:
 
 def flat(work: Work, rounds: int, steps: int) -> dict[str, Any]:
     """Ours on sets of several sizes in turns; the numbers of the report."""
-    batches = max(steps, -(-LOADED // work.batch))
+    batches = max(steps, -(-8 * LOADED // work.batch))
     whole: dict[int, list[Took]] = {size: [] for size in SIZES}
     loading: dict[int, list[float]] = {size: [] for size in SIZES}
     with Child("our pipeline", OurPipeline, work) as child:
@@ -128,6 +128,7 @@ def flat(work: Work, rounds: int, steps: int) -> dict[str, Any]:
         "samples": list(SIZES),
         "whole_ms": [round(statistics.median(t.seconds for t in whole[s]) * per_image / steps, 4) for s in SIZES],
         "loader_ms": [round(statistics.median(loading[size]) * per_image, 4) for size in SIZES],
+        "loader_ratio": round(statistics.median(loading[SIZES[0]]) / statistics.median(loading[SIZES[-1]]), 3),
         "data_wait": [round(statistics.median(t.waited / t.seconds for t in whole[size]), 4) for size in SIZES],
         "ready_s": [round(seconds, 4) for seconds in ready],
         "ours_peak_mb": peak,

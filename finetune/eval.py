@@ -25,7 +25,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--ckpt", required=True, help="run folder, model folder, file of others, timm:NAME, none, histogram"
+        "--ckpt", required=True, help="run folder, model folder, file of others, timm:NAME, none or histogram"
     )
     parser.add_argument("--recipe", default=str(recipe_path("finetune/figures.yaml")), help="YAML; default: figures")
     parser.add_argument("--out", type=Path, help="folder for the results; default: runs/eval-<ckpt>")

@@ -5,6 +5,7 @@ model FLOP utilisation (MFU) is told.
 """
 
 import copy
+import functools
 import math
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class Sizes(NamedTuple):
         return 2 + self.locals + self.masked
 
 
+@functools.cache
 def masked_share(config: MasksConfig, grid: tuple[int, int]) -> float:
     """Mean share of the patches of a global crop that are masked, in 0..1, from masks drawn with a fixed seed."""
     rng = np.random.default_rng(0)

@@ -220,7 +220,7 @@ class Journal:
         begun, ringing = self.watch.see(line), self.watch.ringing
         line |= {"alarms": list(ringing)} if ringing else {}
         for name in begun:
-            print(f"alarm {name} at step {line['step']}: {ringing[name]}", file=sys.stderr, flush=True)
+            print(f"alarm {name} at step {line['step']}: {ringing[name]} (docs/health.md)", file=sys.stderr, flush=True)
         return next((f"{name}: {text}" for name, text in ringing.items() if name != SKIPS), "")
 
     def _stop(self, step: int, collapse: str) -> None:

@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     steps: int
     micro: int  # images of a micro-batch
     flops: dict[str, float]  # of one image in a step
-    peak: float | None  # FLOP/s of the device of this run, for the MFU
+    peak: float | None  # FLOP/s of the device of this run, for the MFU; None: unknown, or the run is not in bf16
     memory: dict[str, float]  # bytes of a device
     disk: float  # bytes of the run folder at the end
     lines: tuple[str, ...] = ()
@@ -80,24 +80,6 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
-
-
-def describe(
-    parts: dict[str, nn.Module], images: int, batch: int, steps: int, layout: tuple[int, int], lr: float, start: str
-) -> str:
-    """Sizes and lengths in words.
-
-    parts: modules by name, whose parameters are counted. images: of the data set. batch: global. layout: processes,
-    images of a micro-batch. lr: peak learning rate. start: what the weights start from.
-    """
-    processes, micro = layout
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
-    return (
-        f"parameters: {sizes}; start: {start}\n"
-        f"{images:,} images, {steps:,} steps of {batch} = {steps * batch / images:.2f} epochs; "
-        f"{processes} process(es) x {batch // processes // micro} micro-batch(es) x {micro} images; "
-        f"peak learning rate {lr:.2e}"
-    )
 
 
 def plan(
@@ -137,14 +119,14 @@ def plan(
         steps=steps,
         micro=micro,
         flops=cost.step_flops(sizes, head),
-        peak=hardware.device_peak(launched[1]),
+        peak=hardware.device_peak(launched[1]) if half else None,
         memory=memory(micro),
         disk=cost.folder_bytes(modules, config.checkpoint, steps, per_epoch, config.log_every),
     )
     fits = [n for n in range(1, batch // on.count + 1) if batch // on.count % n == 0]
     fits = [n for n in fits if sum(memory(n).values()) <= ROOM * on.memory]
-    lines = [describe(parts, images, batch, steps, (on.count, micro), peak_lr(config.schedules, batch), start)]
-    lines += [*_work(made, on, config), *_resources(made, on, config, out, reader)]
+    lines = [*_sizes(made, images, on, config, start), *_work(made, on, config)]
+    lines += _resources(made, on, config, out, reader)
     lines += _schedule(made, config.schedules) if config.dry_run else []
     lines += [f"note: {note}" for note in _notes(made, on, config, max(fits, default=0))]
     lines += [f"note: {note}" for note in _notes_on_data(made, on, config, out, reader)]
@@ -162,6 +144,17 @@ def devices(wanted: PlanningConfig, bf16: bool, measure: bool, processes: int, d
     return hardware.cpus_here(processes, bf16, measure)
 
 
+def _sizes(made: Plan, images: int, on: Devices, config: Recipe, start: str) -> list[str]:
+    """Parameters and lengths."""
+    batch, parts = config.loader.batch, ", ".join(f"{name} {count:,}" for name, count in made.parameters.items())
+    return [
+        f"parameters: {parts}; start: {start}",
+        f"{images:,} images, {made.steps:,} steps of {batch} = {made.steps * batch / images:.2f} epochs; "
+        f"{on.count} process(es) x {batch // on.count // made.micro} micro-batch(es) x {made.micro} images; "
+        f"peak learning rate {peak_lr(config.schedules, batch):.2e}",
+    ]
+
+
 def _duration(seconds: float) -> str:
     units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
     name, length = next((unit for unit in units if seconds >= 2 * unit[1]), units[-1])
@@ -171,7 +164,8 @@ def _duration(seconds: float) -> str:
 def _amount(value: float, unit: str) -> str:
     """With three digits and a prefix: 70.3 GFLOP, 85.9 GB."""
     place = min(6, int(math.log10(max(value, 1)) / 3))
-    return f"{value / 1000**place:.3g} {' KMGTPE'[place].strip()}{unit}"
+    number = value / 1000**place
+    return f"{number:.3g} {' kMGTPE'[place].strip()}{unit}" if number < 1000 else f"{number:,.0f} E{unit}"
 
 
 def _table(items: dict[str, float], unit: str) -> list[str]:
@@ -200,7 +194,8 @@ def _work(made: Plan, on: Devices, config: Recipe) -> list[str]:
         lines.append(f"time: not known for {on.count} x {on.name} with precision={config.precision}")
     if config.planning.days:
         needed = images / config.planning.days / 86400
-        lines.append(f"  in {config.planning.days:g} days: {needed:,.0f} images/s, {_amount(needed * flops, 'FLOP/s')}")
+        rate = f"{needed:,.0f} images/s, {_amount(needed * flops, 'FLOP/s')} of all devices together"
+        lines.append(f"  to be done in {config.planning.days:g} days: {rate}")
     return lines
 
 
@@ -235,7 +230,7 @@ def _schedule(made: Plan, config: SchedulesConfig) -> list[str]:
 
     decay = f"{config.weight_decay:g} to {config.weight_decay_end:g}"
     low, high = config.teacher_temperature_start, config.teacher_temperature
-    warm = f"{low:g} to {high:g} until {step(config.teacher_temperature_epochs)}, then held"
+    warm = f"{low:g} to {high:g}, reached at {step(max(config.teacher_temperature_epochs - 1, 0))}"
     return [
         f"schedule: learning rate up until {step(config.warmup_epochs)}, then down to {config.lr_end:g}",
         f"  teacher temperature {warm if low != high and config.teacher_temperature_epochs else f'{high:g}'}",

@@ -1,13 +1,12 @@
-"""A collapse that is made on purpose is told within 50 steps from random weights, with its cause; a sound run is quiet."""
+"""A collapse made on purpose is told within 50 steps from random weights, with its cause; a sound run is quiet."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import small
 
-# 6.5 epochs of 8 steps = 52 steps of the small ViT and the small heads, whose centre is the paper's
-SHORT = ["schedules.epochs=6.5", "centering.kind=centre"]
+# 4.75 epochs of 8 steps = 38 steps of the small ViT with the centring of the paper
+SHORT = ["schedules.epochs=4.75", "centering.kind=centre"]
 COLD = ["schedules.teacher_temperature_start=1e-4", "schedules.teacher_temperature=1e-4"]
 UNCENTRED = ["centering.kind=none"]
 STUCK = ["centering.momentum=0.999999"]  # a centre that never leaves 0
@@ -46,31 +45,27 @@ def test_a_collapse_is_told_within_50_steps(crops, tmp_path, capsys, made, log_e
     assert cause in told
     # in the end: hard targets have no entropy, and without centring they are of one prototype
     last = small.metrics(out)[-1]
-    assert last["teacher_entropy_share"] < 0.01
-    assert (last["mean_entropy"] < 0.1) == (made != COLD)
+    assert last["teacher_entropy_share"] < 0.05
+    assert (last["mean_entropy"] < 0.5) == (made != COLD)
 
 
 def test_before_anything_is_learned_it_is_the_centre_that_tells(crops, tmp_path):
     """At a learning rate near 0, as in the warm-up of a long run, no entropy falls within 50 steps."""
-    out, still = tmp_path / "run", ["schedules.warmup_epochs=1e6", "schedules.teacher_temperature_start=0.04"]
-    still += ["schedules.teacher_temperature=0.04", "heads.out_dim=1024"]
-    assert small.run(small.arguments("pretrain/run.py", out, crops, *SHORT, *UNCENTRED, *still)) == 0
-    assert alarms(out) == {"no_centring": 30}
-    assert small.metrics(out)[-1]["teacher_entropy_share"] > 0.6
-    shutil.rmtree(out)
-    assert small.run(small.arguments("pretrain/run.py", out, crops, *SHORT, *still)) == 0
-    assert alarms(out) == {}
+    still = ["schedules.warmup_epochs=1e6", "heads.out_dim=256"]
+    still += ["schedules.teacher_temperature_start=0.04", "schedules.teacher_temperature=0.04"]
+    for more, expected in ((UNCENTRED, {"no_centring": 30}), ([], {})):
+        out = tmp_path / str(len(more))
+        assert small.run(small.arguments("pretrain/run.py", out, crops, *SHORT, *still, *more)) == 0
+        assert alarms(out) == expected
+        assert small.metrics(out)[-1]["teacher_entropy_share"] > 0.6
 
 
-# recipe, what it takes from the command line to be small, and whether its centre is that of the paper
+# recipe, and what it takes from the command line to be small
+TINY = ["loader.draw=null", "loader.batch=16", "loader.batch_per_device=16", *small.VIT]
 SOUND = {
-    "as the tests": ("smoke", small.PRETRAIN),
-    "smoke": ("smoke", ["loader.draw=null", "loader.batch=16", "loader.batch_per_device=16", *small.VIT]),
-    "smoke, running centre": (
-        "smoke",
-        ["loader.draw=null", "loader.batch=16", "loader.batch_per_device=16", *small.VIT],
-    ),
-    "demo": ("demo", ["loader.draw=null", "loader.batch=16", "loader.batch_per_device=16", *small.VIT]),
+    "smoke": ("smoke", small.PRETRAIN),
+    "smoke, running centre": ("smoke", [*TINY, "centering.kind=centre"]),
+    "demo": ("demo", TINY),
 }
 
 
@@ -78,7 +73,6 @@ SOUND = {
 def test_a_sound_run_is_quiet(crops, tmp_path, capsys, name):
     recipe, settings = SOUND[name]
     settings = [*settings, f"loader.shards=[{crops}]", "schedules.epochs=6.5"]
-    settings += ["centering.kind=centre"] if "centre" in name else []
     out, recipe = tmp_path / "run", f"recipes/pretrain/{recipe}.yaml"
     assert small.run([str(small.ROOT / "pretrain/run.py"), "--recipe", recipe, "--out", str(out), *settings]) == 0
     assert alarms(out) == {}
@@ -94,3 +88,23 @@ def test_on_collapse_stop(crops, tmp_path, capsys):
     assert told.rstrip().splitlines()[-1].startswith("error: step 30: hard_targets: each image gets one hard prototype")
     assert small.metrics(out)[-1]["step"] == 30
     assert not (out / "teacher").exists()
+
+
+def test_on_collapse_stop_with_two_processes(crops, tmp_path):
+    """The main process alone keeps the watch; both stop at the same step, and none waits for the other."""
+    command = small.arguments("pretrain/run.py", tmp_path / "run", crops, *SHORT, *COLD, "health.on_collapse=stop")
+    command += ["health.first_step=1", "health.lasting=1"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": small.free_port(), "WORLD_SIZE": "2"}
+    place |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    both = [small.start(command, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    try:
+        told = [process.communicate(timeout=100)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [2, 2]
+    sentences = [[line for line in text.splitlines() if line.startswith("error: ")] for text in told]
+    assert sentences[0] == sentences[1]
+    assert sentences[0][0].startswith("error: step 2: hard_targets: each image gets one hard prototype")
+    assert [text.count("alarm hard_targets at step 2") for text in told] == [1, 0]
+    assert [line["step"] for line in small.metrics(tmp_path / "run")] == [0, 1, 2]

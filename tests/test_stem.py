@@ -205,9 +205,10 @@ def test_two_processes_normalise_as_one(tmp_path):
     stem = ICSStem((64, 32), 16, 24).cuda()
     tokens = stem((noise(6, 3, 64, 32) + torch.arange(6.0).view(6, 1, 1, 1)).cuda()).cpu()
     halves = torch.cat([torch.from_numpy(tokens_of_rank) for _, tokens_of_rank, _ in found])
-    assert torch.allclose(halves, tokens, atol=1e-3)
+    # without joining the two differ by a third; convolutions in TF32 by a thousandth
+    assert (halves - tokens).norm() < 0.01 * tokens.norm()
     for _, _, mean in found:
-        assert torch.allclose(torch.from_numpy(mean), stem.conv[7].running_mean.cpu(), atol=1e-4)
+        assert torch.allclose(torch.from_numpy(mean), stem.conv[7].running_mean.cpu(), atol=1e-3)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pretrain.centering import Centering, CenteringConfig, teacher_targets
 from pretrain.heads import logits
 from pretrain.losses import LossesConfig, named_losses
 from pretrain.photometric import PhotometricConfig, normalize
-from pretrain.student_teacher import build_teacher, update_teacher
+from pretrain.student_teacher import build_teacher, put_back, running_statistics, update_teacher
 
 MASKED = {"ratios": (0.3,), "spreads": (0.2,)}
 MEAN, STD = PhotometricConfig().mean, PhotometricConfig().std
@@ -59,6 +59,18 @@ def test_no_update_leaves_every_bit(make_student):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     update_teacher(teacher, other, 0.9, torch.tensor(True))
     assert not torch.equal(teacher.backbone.vit.cls_token, before["backbone.vit.cls_token"])
+
+
+def test_running_statistics_of_a_skipped_step_are_put_back(make_student):
+    assert running_statistics(make_student()) == [], "a plain ViT has none"
+    norms = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    before = {name: value.clone() for name, value in norms.state_dict().items()}
+    for finite in (False, True):
+        statistics = running_statistics(norms)
+        norms(torch.tensor([[1.0, 2.0], [3.0, float("inf") if not finite else 5.0]]))
+        put_back(statistics, torch.tensor(finite))
+        same = [torch.equal(value, before[name]) for name, value in norms.named_buffers()]
+        assert all(same) if not finite else not any(same)
 
 
 @torch.no_grad()

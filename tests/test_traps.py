@@ -18,6 +18,7 @@ from pretrain.heads import Head, HeadsConfig, logits
 from pretrain.loader import MicroBatches
 from pretrain.losses import LossesConfig, named_losses
 from pretrain.photometric import PhotometricConfig, normalize
+from pretrain.positions import resize_positions
 from pretrain.student_teacher import Student, build_teacher
 from shards.order import Order, OrderConfig
 
@@ -84,11 +85,17 @@ def test_crops_are_grouped_by_height_and_width(make_views, local):
     backbone.mask_embedding.normal_()
     sizes = HeadsConfig(out_dim=64, hidden_dim=48, bottleneck_dim=16)
     student = Student(backbone, Head(32, sizes), PhotometricConfig(), True)
+    # the same network made for the size of the local crops
+    grid, weights = (local[0] // 32, local[1] // 32), backbone.vit.state_dict()
+    if grid != (8, 4):
+        weights |= {"pos_embed": resize_positions(weights["pos_embed"], (8, 4), grid, 1, "bicubic")}
+    for_local = Backbone(timm_arguments(config, local))
+    for_local.vit.load_state_dict(weights)
     found, norm = student(batch).cls, student.photometric
     for view, crops in enumerate([*batch.global_crops, *batch.local_crops]):
-        mask = batch.masks[view] if view < 2 else None
-        alone = backbone(normalize(crops, norm.mean, norm.std), mask).cls
-        expected = logits(student.head.bottleneck(alone), student.head.prototypes()[0])
+        images = normalize(crops, norm.mean, norm.std)
+        alone = backbone(images, batch.masks[view]) if view < 2 else for_local(images)
+        expected = logits(student.head.bottleneck(alone.cls), student.head.prototypes()[0])
         assert torch.allclose(found[view], expected, atol=1e-4), view
 
 

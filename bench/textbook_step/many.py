@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes.errors import UserError
 from shards import index
 from shards.manifests import file_crc, save_index
 from shards.schema import FORMAT_VERSION, MANIFEST, Manifest, ShardEntry, index_name, shard_name
@@ -37,7 +38,9 @@ def make_sets(folder: Path, sizes: Sequence[int]) -> list[tuple[str]]:
     assert all(size % TAR_SAMPLES == 0 for size in sizes), f"whole tars of {TAR_SAMPLES}"
     free, needed = shutil.disk_usage(folder).free, NEEDED * sizes[-1] / 1e6
     if free < needed:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed; give another --folder")
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed; give another --folder"
+        )
     first = folder / "first.tar"
     _write_tar(first)
     rows, crc, size = index.scan_tar(first), file_crc(first), first.stat().st_size

@@ -1,6 +1,6 @@
 """Our step for the benches: the parts and the loop body of pretrain/run.py, and batches to feed both ways.
 
-Left out of the loop are the journal and the checkpoints; textbook code keeps as much of both.
+Left out of the loop are the journal, which works on every 10th or 50th step, and the checkpoints.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from pretrain.losses import LossesConfig, named_losses
 from pretrain.masks import MasksConfig, draw_mask
 from pretrain.optim import OptimConfig
 from pretrain.photometric import PhotometricConfig, normalize
-from pretrain.student_teacher import Student, build_teacher, update_teacher
+from pretrain.student_teacher import Student, build_teacher, put_back, running_statistics, update_teacher
 from shards.seeds import generator
 from textbook_step import Images, Settings, Shape
 
@@ -131,20 +131,23 @@ class OurStep:
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Both forwards, the losses, backward."""
         optim.set_values(self.optimizer, self.settings.lr, self.settings.weight_decay)
+        self.statistics = running_statistics(nn.ModuleList([self.student, self.teacher]))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             seen, guessed = self.teacher(batch), self.student(batch)
         targets = teacher_targets(self.centres, seen, self.settings.teacher_temperature)
         losses = named_losses(guessed, targets, batch.mask_weights, self.terms)
         losses["loss"].backward()
+        self.told = torch.stack([value.detach() for value in losses.values()])
         return {name: value.detach() for name, value in losses.items()}
 
     def update(self) -> None:
         """Clip, optimiser, momentum update, centres."""
         with record_function("clip"):
             norm = optim.clip_gradients(self.student, self.config)
-        finite = torch.isfinite(norm)
+        finite = torch.isfinite(self.told).all() & torch.isfinite(norm)
         optim.step(self.optimizer, finite)
         with record_function("EMA"):
             update_teacher(self.teacher, self.student, self.settings.momentum, finite)
         for centre in self.centres.values():
             centre.end_step(finite)
+        put_back(self.statistics, finite)
