@@ -5,7 +5,7 @@
     python pretrain/choose.py runs/vits16 --shards data/mine --images 4096   on images of another set
 
 The images are those that a random `loader.keep` left out of the training, else training images in new views; what they
-are is printed. Writes OUT/choice.json, OUT/choice.png (score against epochs) and, with --against, RUN/verdict.json.
+are is printed. Writes OUT/choice.json, OUT/choice.png (score against epochs) and, with --against, OUT/verdict.json.
 A run that is under way can be looked at as well. docs/adapting.md tells how far the score is to be trusted.
 """
 
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--against", metavar="CKPT", help="what the run started from: judge its last teacher against it"
     )
-    parser.add_argument("--out", type=Path, help="folder for choice.json and choice.png; default: RUN")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: RUN")
     given = parser.parse_args()
     if not (given.run / RECIPE).is_file():
         raise UserError(f"{given.run} is no run folder of pretrain/run.py: it has no {RECIPE}")
@@ -112,7 +112,7 @@ def choose(given: argparse.Namespace, config: PretrainConfig, accelerator: Accel
     print(f"results: {out / 'choice.json'}, {out / 'choice.png'}")
     take = best.name
     if given.against is not None:
-        told = verdict.judge(config, given.run, teachers, images)
+        told = verdict.judge(config, given.run, out, teachers, images)
         print(verdict.sentence(told))
         take = told["take"]
     print(f"next: python finetune/run.py --ckpt {take}, with the --recipe of your labelled set")

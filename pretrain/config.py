@@ -28,7 +28,7 @@ class PretrainConfig(Section):
     ckpt: str = "none"  # what the training starts from; --ckpt sets it
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["no", "bf16"] = "bf16"  # of the backbones; heads and losses are float32 (fp16 gives NaN)
-    log_every: int = Field(10, ge=1)  # steps
+    log_every: int = Field(10, ge=1)  # steps; the first 50 also every 10th, and the last
     dry_run: bool = False  # plan, print, stop
     loader: LoaderConfig
     order: OrderConfig = OrderConfig()

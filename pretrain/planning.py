@@ -239,6 +239,13 @@ def _schedule(made: Plan, config: SchedulesConfig) -> list[str]:
     ]
 
 
+def micro_batch_parts(config: Recipe) -> list[str]:
+    """What sees one micro-batch, so that its result depends on how a batch is divided."""
+    found = ["Sinkhorn-Knopp"] if config.centering.kind == "sinkhorn" else []
+    found += ["KoLeo"] if config.losses.koleo_weight else []
+    return found + (["batch normalisation (ICS)"] if config.backbone.stem == "ics" else [])
+
+
 def _notes(made: Plan, on: Devices, config: Recipe, fits: int) -> list[str]:
     """What does not fit, or is easily overlooked. fits: the largest micro-batch that should fit, 0 = none."""
     notes, rule, batch = [], config.schedules, config.loader.batch
@@ -257,9 +264,7 @@ def _notes(made: Plan, on: Devices, config: Recipe, fits: int) -> list[str]:
             f"above a global batch of {LARGE} others saw collapse; docs/pretraining.md names remedies: a longer "
             "warm-up, a lower teacher temperature, a smaller second beta of AdamW"
         )
-    batched = ["Sinkhorn-Knopp"] if config.centering.kind == "sinkhorn" and accumulation > 1 else []
-    batched += ["KoLeo"] if config.losses.koleo_weight else []
-    batched += ["batch normalisation (ICS)"] if config.backbone.stem == "ics" else []
+    batched = micro_batch_parts(config)[accumulation == 1 and config.centering.kind == "sinkhorn" :]
     if batched:
         notes.append(f"{' and '.join(batched)} see one micro-batch: the result depends on how the batch is divided")
     return notes

@@ -26,7 +26,7 @@ from pretrain.journal import BadSamples, Journal
 from pretrain.loader import MicroBatches, ViewMaker, build_loader, micro_batch
 from pretrain.losses import named_losses
 from pretrain.modules import build_modules
-from pretrain.planning import plan
+from pretrain.planning import micro_batch_parts, plan
 from pretrain.starting import start_from
 from pretrain.student_teacher import put_back, running_statistics, update_teacher
 from recipes.errors import plain_errors
@@ -76,7 +76,8 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     if config.dry_run:
         return
     steps, steps_per_epoch, accumulation = planned.steps, planned.steps_per_epoch, batch_size // world // planned.micro
-    folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=FREE_KEYS, facts={"processes": world})
+    free = (*FREE_KEYS, *(() if micro_batch_parts(config) else ("loader.batch_per_device",)))
+    folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=free, facts={"processes": world})
     accelerator.init_trackers("tensorboard")
     plain = optim.build_optimizer(modules["student"], config.optim)
     states = checkpoint.states(out / "checkpoints")

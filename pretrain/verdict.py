@@ -198,8 +198,8 @@ def score(
     return found
 
 
-def judge(recipe: Recipe, run: Path, teachers: Sequence[Teacher], images: Images) -> dict[str, Any]:
-    """Write RUN/verdict.json and return it. teachers: as `score` gives them, the start first, the last one last.
+def judge(recipe: Recipe, run: Path, out: Path, teachers: Sequence[Teacher], images: Images) -> dict[str, Any]:
+    """Write OUT/verdict.json and return it. teachers: as `score` gives them, the start first, the last one last.
 
     The best of several snapshots is best by chance, too: it is compared at a confidence that allows for their number.
     """
@@ -229,7 +229,7 @@ def judge(recipe: Recipe, run: Path, teachers: Sequence[Teacher], images: Images
         "verdict_config": config.model_dump(),
         "versions": environment()["versions"],
     }
-    write_json(run / VERDICT, told)
+    write_json(out / VERDICT, told)
     return told
 
 
@@ -248,4 +248,4 @@ def conclude(recipe: Recipe, out: Path, accelerator: Accelerator) -> None:
         return
     images = choose_images(recipe.loader, recipe.cache, recipe.verdict.images, recipe.seed)
     found = score(recipe, recipe.ckpt, teachers_of(out), images, accelerator)
-    print(sentence(judge(recipe, out, found, images)), flush=True)
+    print(sentence(judge(recipe, out, out, found, images)), flush=True)

@@ -29,10 +29,14 @@ def alarms(out: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     "made, log_every, alarm, cause",
     [
-        (COLD, 1, "hard_targets", "0.0000 of ln K, because the teacher temperature is 0.0001; raise schedules.teacher"),
-        (COLD, 50, "hard_targets", "the teacher temperature is 0.0001"),
+        (
+            COLD,
+            50,
+            "hard_targets",
+            "0.0000 of ln K, because the teacher temperature is 0.0001; raise schedules.teacher",
+        ),
         (UNCENTRED, 1, "one_prototype", "prototypes in use; centring is off or too weak: set centering.kind=sinkhorn"),
-        (STUCK, 50, "no_centring", "the centre takes away 0.0% of the mean logits"),
+        (STUCK, 10, "no_centring", "the centre takes away 0.0% of the mean logits"),
     ],
 )
 def test_a_collapse_is_told_within_50_steps(crops, tmp_path, capsys, made, log_every, alarm, cause):
@@ -72,22 +76,12 @@ SOUND = {
 @pytest.mark.parametrize("name", SOUND)
 def test_a_sound_run_is_quiet(crops, tmp_path, capsys, name):
     recipe, settings = SOUND[name]
-    settings = [*settings, f"loader.shards=[{crops}]", "schedules.epochs=6.5"]
+    settings = [*settings, f"loader.shards=[{crops}]", "schedules.epochs=4.75"]
     out, recipe = tmp_path / "run", f"recipes/pretrain/{recipe}.yaml"
     assert small.run([str(small.ROOT / "pretrain/run.py"), "--recipe", recipe, "--out", str(out), *settings]) == 0
     assert alarms(out) == {}
     assert "alarm" not in capsys.readouterr().err
-    assert small.metrics(out)[-1]["step"] == 51
-
-
-def test_on_collapse_stop(crops, tmp_path, capsys):
-    out = tmp_path / "run"
-    command = small.arguments("pretrain/run.py", out, crops, *SHORT, *COLD, "health.on_collapse=stop")
-    assert small.run(command) == 2
-    told = capsys.readouterr().err
-    assert told.rstrip().splitlines()[-1].startswith("error: step 30: hard_targets: each image gets one hard prototype")
-    assert small.metrics(out)[-1]["step"] == 30
-    assert not (out / "teacher").exists()
+    assert small.metrics(out)[-1]["step"] == 37
 
 
 def test_on_collapse_stop_with_two_processes(crops, tmp_path):
@@ -108,3 +102,4 @@ def test_on_collapse_stop_with_two_processes(crops, tmp_path):
     assert sentences[0][0].startswith("error: step 2: hard_targets: each image gets one hard prototype")
     assert [text.count("alarm hard_targets at step 2") for text in told] == [1, 0]
     assert [line["step"] for line in small.metrics(tmp_path / "run")] == [0, 1, 2]
+    assert not (tmp_path / "run" / "teacher").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,13 @@ from recipes.progress import Meter
 from recipes.record import RunFolder
 
 K, D, B, STEPS = 16, 8, 6, 128
+
+
+@pytest.fixture(autouse=True)
+def accelerator_state():
+    """The next test's Accelerator is not to inherit the settings of this one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class NoReading(TorchDispatchMode):

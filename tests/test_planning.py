@@ -16,6 +16,7 @@ from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
 from pretrain.config import PretrainConfig
 from pretrain.heads import Head, HeadsConfig
 from pretrain.photometric import PhotometricConfig
+from pretrain.schedules import at
 from pretrain.student_teacher import Student, build_teacher
 from recipes.errors import UserError
 from recipes.load import load
@@ -251,3 +252,13 @@ def test_the_loader_is_taken_to_be_as_fast_as_it_was_measured():
     assert hardware.images_a_core(config.model_copy(update={"backend": "pil", "local_count": 8})) == pytest.approx(
         1000 / 9.4, rel=0.01
     )
+
+
+def test_the_steps_of_the_schedule_are_those_of_the_run():
+    # the steps that test_time_is_work_by_rate reads in the plan
+    config, per_epoch = load(PretrainConfig, PAPER).schedules, LUPERSON / 1024
+    steps = (4_081, 4_083, 40_822, 40_823, 118_385, 118_386)
+    now = {step: at(step, 1_224_680, per_epoch, 1024, config) for step in steps}
+    assert (now[4_081].freeze_last_layer, now[4_083].freeze_last_layer) == (True, False)
+    assert now[40_822].lr < now[40_823].lr == pytest.approx(2e-3, rel=1e-6)
+    assert now[118_385].teacher_temperature < now[118_386].teacher_temperature == pytest.approx(0.07)

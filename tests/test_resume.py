@@ -120,3 +120,12 @@ def test_the_teacher_is_on_disk_before_the_last_state(tmp_path, monkeypatch):
         Keeper(tmp_path, config, 2, 2.0, 8).after(2, {"teacher": teacher}, None, {})
     assert (tmp_path / "teacher" / "model.safetensors").is_file()
     assert (tmp_path / "teachers" / "epoch-0001.00" / "model.safetensors").is_file()
+
+
+def test_smaller_cards_may_go_on_unless_something_sees_the_micro_batch(alone, tmp_path, capsys):
+    command, _ = alone
+    for kind, goes_on in (("centre", True), ("sinkhorn", False)):
+        first = moved(command, tmp_path / kind, f"centering.kind={kind}", "schedules.epochs=0.2")
+        assert small.run(first) == 0
+        assert (small.run([*first, "loader.batch_per_device=4"]) == 0) is goes_on
+    assert "loader.batch_per_device was 16 and is now 4" in capsys.readouterr().err

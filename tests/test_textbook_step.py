@@ -2,10 +2,14 @@
 
 import dataclasses
 import importlib
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +22,17 @@ CLOSE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def ways():
-    """The modules `textbook_step` and `textbook_step.ours`."""
+def bench():
+    """Imports a module below bench/ by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
-        yield importlib.import_module("textbook_step"), importlib.import_module("textbook_step.ours")
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def ways(bench):
+    """The modules `textbook_step` and `textbook_step.ours`."""
+    return bench("textbook_step"), bench("textbook_step.ours")
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +221,45 @@ def test_a_loss_that_is_not_finite_stops_the_textbook(make_pair, draw):
     images.crops[0][0, 0, 0, 0] = math.nan
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         textbook.gradients(images)
+
+
+def test_kinds_of_operations(bench):
+    kind_of = bench("pairs.kinds").kind_of
+    k = 8192
+    assert kind_of("aten::addmm", [], [384, 1536, k], k) == "GEMM"
+    assert kind_of("aten::bmm", ["aten::matmul"], [64], k) == "attention"
+    assert kind_of("aten::_softmax", [], [129], k) == "attention"
+    assert kind_of("aten::_softmax", [], [k], k) == "softmax + loss"
+    assert kind_of("aten::mul", ["autograd::engine::evaluate_function: MulBackward0"], [k, k], k) == "softmax + loss"
+    assert kind_of("aten::mul", [], [384], k) == "elementwise, norms"
+    assert kind_of("aten::lerp_", ["aten::_foreach_lerp_", "EMA"], [384], k) == "EMA"
+    assert kind_of("aten::addcdiv_", ["Optimizer.step#AdamW.step"], [384], k) == "optimiser"
+    assert kind_of("aten::copy_", ["aten::to"], [384], k) == "copies"
+
+
+def test_a_child_answers_from_its_own_process_and_tells_its_errors(bench):
+    child = bench("pairs.children").Child
+    with child("a list", list, [7, 8]) as asked:
+        assert asked.ask("index", 8) == 1
+        assert asked.process.is_alive()
+        with pytest.raises(RuntimeError, match=r"(?s)process of a list.*ValueError: 9 is not in list"):
+            asked.ask("index", 9)
+    assert not asked.process.is_alive()
+
+
+@pytest.mark.soak
+def test_the_benches_end_with_their_line(tmp_path):
+    tiny = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--out-dim", "64", "--rounds", "1", "--steps", "1"]
+    for script, more in (
+        ("step", ["--profile"]),
+        ("step", ["--precision", "bf16"]),
+        ("throughput", ["--images", "64"]),
+    ):
+        command = [sys.executable, str(BENCH / f"{script}.py"), *tiny, *more, "--json", str(tmp_path / "line.json")]
+        done = subprocess.run(command, capture_output=True, text=True, env=small.environment(), timeout=600)
+        assert done.returncode == 0, done.stderr
+        line = json.loads(done.stdout.splitlines()[-1])
+        assert line == json.loads((tmp_path / "line.json").read_text())
+        assert line["name"] == script
+        assert line["ratio"] > 0
+        assert {"ours", "textbook", "unit", "peak_mb", "machine", "versions"} <= set(line)

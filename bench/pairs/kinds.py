@@ -27,7 +27,9 @@ def kind_of(name: str, scopes: Iterable[str], widths: Iterable[int], prototypes:
             if scope.startswith(start):
                 return kind
     plain = name.removeprefix("aten::")
-    if "attention" in plain or plain == "bmm":  # linear layers are mm and addmm; batched products are attention's
+    if (
+        "attention" in plain or "attn" in plain or plain == "bmm"
+    ):  # linear layers are mm and addmm; batched products are attention's
         return "attention"
     if plain in PRODUCTS or "mkldnn" in plain or "gemm" in plain:
         return "GEMM"
