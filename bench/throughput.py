@@ -52,7 +52,8 @@ def flops_per_image(work: Work) -> float:
     with torch.device("meta"):
         backbone = Backbone(timm_arguments(config, work.views.global_size), masked=True, drop_path=config.drop_path)
     backbone.skips_samples = not work.compile
-    sizes = cost.sizes(backbone, work.views, MasksConfig(), True, work.device)
+    where = (work.device, torch.bfloat16 if work.bf16 else torch.float32)
+    sizes = cost.sizes(backbone, work.views, MasksConfig(), True, where)
     return sum(cost.step_flops(sizes, HeadsConfig(out_dim=work.out_dim)).values())
 
 

@@ -141,8 +141,10 @@ class Backbone(nn.Module):
         x = pieces[0].flatten(0, 1) if len(pieces) == 1 else torch.cat([piece.flatten(0, 1) for piece in pieces])
         x = self.vit.norm_pre(x)
         whole = all(isinstance(each, str) and each == "all" for each in patches)
-        depths = self._depths(None if drops is None else torch.cat(list(drops)), layout, x.device, whole)
-        kernel = kernel_for(x.device, torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)
+        precision = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+        pays = SKIPPING_PAYS[x.device.type, precision] if self.skips_samples else 1.0
+        depths = self._depths(None if drops is None else torch.cat(list(drops)), layout, x.device, (whole, pays))
+        kernel = kernel_for(x.device, precision)
         *blocks, last = self.vit.blocks
         for place, block in enumerate(blocks):
             x = self.run_block(block, x, layout, kernel, depths[2 * place], depths[2 * place + 1])
@@ -185,8 +187,11 @@ class Backbone(nn.Module):
         with torch.autocast(positions.device.type, enabled=False):
             return self._resizing[key].to(positions.dtype) @ positions
 
-    def _depths(self, draws: Tensor | None, layout: Layout, device: torch.device, whole: bool) -> list[Depth | None]:
-        """Stochastic depth of each residual branch. draws: float [sequences, S]."""
+    def _depths(
+        self, draws: Tensor | None, layout: Layout, device: torch.device, skipping: tuple[bool, float]
+    ) -> list[Depth | None]:
+        """Stochastic depth of each residual branch. draws: float [sequences, S]. skipping: whether the last block may
+        skip samples too, and from which rate on it pays."""
         if draws is None or not any(self.drops):
             return [None] * len(self.drops)
         rates = torch.tensor(self.drops, device=draws.device)
@@ -196,9 +201,10 @@ class Backbone(nn.Module):
         depths: list[Depth | None] = [
             Depth(factor) if rate else None for factor, rate in zip(spread, self.drops, strict=True)
         ]
-        if self.skips_samples and draws.device.type == "cpu":
-            for place, rate in enumerate(self.drops if whole else self.drops[:-2]):
-                if rate >= SKIPPING_PAYS[device.type] and bool((draws[:, place] >= rate).any()):
+        if draws.device.type == "cpu":
+            last, pays = skipping
+            for place, rate in enumerate(self.drops if last else self.drops[:-2]):
+                if rate >= pays and bool((draws[:, place] >= rate).any()):
                     depths[place] = kept(draws[:, place], rate, layout, device)
         return depths
 
@@ -225,9 +231,11 @@ class Backbone(nn.Module):
         return tuple(reduced), torch.cat(rows), torch.cat(answered), counts
 
 
-# rate of stochastic depth from which skipping the dropped samples is faster than multiplying by zero. On CPUs any: 2 %
-# of a step of ViT-S at a rate of 0.1 in float32, nothing in bf16. On GPUs as DINOv2 found it
-SKIPPING_PAYS = collections.defaultdict(lambda: 0.1, cpu=1e-9)
+# rate of stochastic depth from which skipping the dropped samples is faster than multiplying by zero, by device and
+# precision. In float32 on a CPU any: 2 % of a step of ViT-S at a rate of 0.1. In bf16 none there: the products gain
+# nothing, and each number of kept samples is a new shape, for which oneDNN builds new kernels. On GPUs as DINOv2 found it
+SKIPPING_PAYS = collections.defaultdict(lambda: 0.1)
+SKIPPING_PAYS["cpu", torch.float32], SKIPPING_PAYS["cpu", torch.bfloat16] = 1e-9, 1.0
 
 
 def autocasts(device: torch.device) -> bool:

@@ -83,13 +83,15 @@ def convolutions(stem: nn.Module, size: Size) -> list[tuple[int, int]]:
     return found
 
 
-def sizes(backbone: Backbone, views: ViewsConfig, masks: MasksConfig, mim: bool, device_type: str) -> Sizes:
-    """The sizes of a student. mim: whether there is a MIM term. device_type: "cuda" or "cpu", where it will run."""
+def sizes(
+    backbone: Backbone, views: ViewsConfig, masks: MasksConfig, mim: bool, where: tuple[str, torch.dtype]
+) -> Sizes:
+    """The sizes of a student. mim: whether there is a MIM term. where: "cuda" or "cpu", and type of the products."""
     vit, block = backbone.vit, backbone.vit.blocks[0]
     crops = (views.global_size, views.local_size)
     patch_h, patch_w = vit.patch_embed.patch_size
     stems = [convolutions(vit.patch_embed, size) for size in crops]
-    skips = [backbone.skips_samples and rate >= SKIPPING_PAYS[device_type] for rate in backbone.drops[:-2]]
+    skips = [backbone.skips_samples and rate >= SKIPPING_PAYS[where] for rate in backbone.drops[:-2]]
     grid = backbone.grid
     return Sizes(
         dim=backbone.dim,

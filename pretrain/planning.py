@@ -105,8 +105,8 @@ def plan(
     micro, per_epoch = micro_batch(config.loader, on.count), images / batch
     steps = max(1, int(config.schedules.epochs * per_epoch))
     student, head = modules["student"], config.heads
-    kind = "cuda" if on.gpu else "cpu"
-    sizes = cost.sizes(student.backbone, config.views, config.masks, student.mim, kind)
+    where = ("cuda" if on.gpu else "cpu", torch.bfloat16 if half else torch.float32)
+    sizes = cost.sizes(student.backbone, config.views, config.masks, student.mim, where)
     counts = tuple(sum(p.numel() for p in modules[name].parameters()) for name in ("student", "teacher"))
 
     def memory(micro: int) -> dict[str, float]:

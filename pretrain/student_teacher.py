@@ -4,6 +4,7 @@ import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.backbone import Backbone
@@ -12,6 +13,10 @@ from pretrain.heads import Head, logits
 from pretrain.losses import Guessed, Logits
 from pretrain.photometric import PhotometricConfig, normalize
 from pretrain.stem import batch_norms, train_norms
+
+# masked patches are filled up to a multiple of it with patch 0, whose result is thrown away: libraries build a kernel
+# for every new shape and keep it. With any number oneDNN took 10 % more time in bf16, and memory grew without end
+PADDED = 64
 
 
 class Seen(NamedTuple):
@@ -45,7 +50,7 @@ class Student(Network):
             drops.append(batch.local_drops.flatten(0, 1))
             patches.append("none")
         if self.mim:  # the head runs on masked patches only: no other patch enters the loss
-            patches[0] = batch.masked
+            patches[0] = F.pad(batch.masked, (0, -len(batch.masked) % PADDED))
         mask = batch.masks.flatten(0, 1) if self.mim else None
         seen = self.backbone.packed(crops, mask, drops, patches)
         features = seen[0].cls.unflatten(0, (2, batch.size)).float()
@@ -55,7 +60,7 @@ class Student(Network):
         views = logits(z[: len(cls)], own).unflatten(0, (-1, batch.size))
         if not self.mim:
             return Guessed(views, None, None, features)
-        return Guessed(views, z[len(cls) :], of_patches, features)
+        return Guessed(views, z[len(cls) :][: len(batch.masked)], of_patches, features)
 
 
 class Teacher(Network):

@@ -116,4 +116,6 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 def repeatable(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     """Lines without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key not in ("images_per_s", "data_wait", "mfu")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_s", "data_wait", "mfu")} for line in lines
+    ]

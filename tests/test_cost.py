@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import checkpoint, cost, optim
+from pretrain import checkpoint, cost, optim, student_teacher
 from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
 from pretrain.batch import Batch
 from pretrain.centering import Centering, CenteringConfig, teacher_targets
@@ -23,6 +23,13 @@ from pretrain.views import ViewsConfig
 
 VIEWS = ViewsConfig(global_size=(64, 32), local_size=(32, 16), local_count=3)
 HEAD = HeadsConfig(out_dim=64, hidden_dim=48, bottleneck_dim=16)
+CPU, CUDA = ("cpu", torch.float32), ("cuda", torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def no_padding(monkeypatch):
+    """The rows that fill a shape up are no work that anybody wants; at the real sizes they are a few in a hundred."""
+    monkeypatch.setattr(student_teacher, "PADDED", 1)
 
 
 def built(mim: bool = True, views: ViewsConfig = VIEWS, head: HeadsConfig = HEAD, **backbone) -> Student:
@@ -46,7 +53,7 @@ def whole(name: str, **head) -> dict[str, float]:
     """Items of the published recipe on a named ViT, everything on all tokens; no weights are made."""
     with torch.device("meta"):
         student = built(views=ViewsConfig(), name=name, patch_size=16, embed_dim=None, depth=None, num_heads=None)
-    sizes = cost.sizes(student.backbone, ViewsConfig(), MasksConfig(), True, "cuda")
+    sizes = cost.sizes(student.backbone, ViewsConfig(), MasksConfig(), True, CUDA)
     return cost.step_flops(sizes, HeadsConfig(**head), textbook=True)
 
 
@@ -106,7 +113,7 @@ def test_flops_are_those_that_torch_counts(make_batch, given):
     places = len(student.backbone.drops)
     drops = torch.rand(2 + VIEWS.local_count, batch.size, places, generator=torch.Generator().manual_seed(1))
     batch = Batch(**{**vars(batch), "global_drops": drops[:2], "local_drops": drops[2:]})
-    sizes = cost.sizes(student.backbone, VIEWS, MasksConfig(), student.mim, "cpu")
+    sizes = cost.sizes(student.backbone, VIEWS, MasksConfig(), student.mim, CPU)
     sizes = sizes._replace(masked=len(batch.masked) / batch.size if student.mim else 0.0)
     kept = [float((drops[..., place] >= rate).float().mean()) for place, rate in enumerate(student.backbone.drops[:-2])]
     sizes = sizes._replace(blocks=sum(kept) / 2)  # as drawn, instead of as expected
@@ -121,9 +128,9 @@ def test_flops_are_those_that_torch_counts(make_batch, given):
 
 def test_stochastic_depth_is_expected_to_skip_its_rate():
     student = built(drop_path=0.4, depth=5)  # rates 0, 0.1, 0.2, 0.3 and 0.4 in the last block, which does not skip
-    assert cost.sizes(student.backbone, VIEWS, MasksConfig(), True, "cpu").blocks == pytest.approx(4 - 0.6)
+    assert cost.sizes(student.backbone, VIEWS, MasksConfig(), True, CPU).blocks == pytest.approx(4 - 0.6)
     student.backbone.skips_samples = False  # as when it is compiled
-    assert cost.sizes(student.backbone, VIEWS, MasksConfig(), True, "cpu").blocks == 4
+    assert cost.sizes(student.backbone, VIEWS, MasksConfig(), True, CPU).blocks == 4
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["bf16", "float32"])
@@ -148,7 +155,7 @@ def test_activations_are_what_autograd_keeps(make_batch, case, half):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             guessed = student(batch)
     assert guessed.cls.requires_grad
-    sizes = cost.sizes(student.backbone, VIEWS, MasksConfig(), student.mim, "cpu")
+    sizes = cost.sizes(student.backbone, VIEWS, MasksConfig(), student.mim, CPU)
     sizes = sizes._replace(masked=len(batch.masked) / batch.size if student.mim else 0.0)
     pixels = 2 * sizes.pixels[0] + sizes.locals * sizes.pixels[1]
     not_autograds = pixels * 3 * (5 if half else 1)  # the bytes as they came, and in float32 beside the 16 bits
@@ -189,7 +196,7 @@ for _ in range(2):
     parts.step(half=True)
     optimizer.step()
     optimizer.zero_grad()
-sizes = t.cost.sizes(student.backbone, t.ViewsConfig(), t.MasksConfig(), True, "cpu")
+sizes = t.cost.sizes(student.backbone, t.ViewsConfig(), t.MasksConfig(), True, t.CPU)
 counts = tuple(sum(p.numel() for p in part.parameters()) for part in (student, parts.teacher))
 told = sum(t.cost.step_memory(sizes, t.HEAD, counts, batch.size, half=True, gpu=False).values())
 print(told, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
@@ -230,7 +237,7 @@ def test_memory_is_about_what_a_process_grows_by():
 
 
 def test_more_images_bytes_and_prototypes_take_more_memory():
-    sizes = cost.sizes(built().backbone, VIEWS, MasksConfig(), True, "cuda")
+    sizes = cost.sizes(built().backbone, VIEWS, MasksConfig(), True, CUDA)
 
     def bytes_of(images: int, half: bool = True, **head) -> float:
         config = HEAD.model_copy(update=head)

@@ -15,6 +15,7 @@ def crops(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 WIDE, NARROW = crops(4, 64, 32), crops(6, 32, 16, seed=1)
+DOUBLE = ("cpu", torch.float64)
 MASK = torch.rand(4, 8, 4, generator=torch.Generator().manual_seed(2)) < 0.3
 PLACES = MASK.flatten().nonzero().squeeze(1)
 
@@ -44,10 +45,10 @@ def backbone(make_backbone):
 @pytest.mark.parametrize("patches", [["all", "all"], [PLACES, "none"], ["none", "none"], ["all", "none"]])
 def test_packed_is_one_forward_for_each_size(backbone, monkeypatch, skips, patches):
     drops = [torch.rand(len(c), 6, generator=torch.Generator().manual_seed(3)) for c in (WIDE, NARROW)]
-    monkeypatch.setitem(module.SKIPPING_PAYS, "cpu", 0.2 if skips else 2.0)
+    monkeypatch.setitem(module.SKIPPING_PAYS, DOUBLE, 0.2 if skips else 2.0)
     packed = backbone.packed([WIDE, NARROW], MASK, drops, patches)
     found = gradients(backbone, packed)
-    monkeypatch.setitem(module.SKIPPING_PAYS, "cpu", 2.0)
+    monkeypatch.setitem(module.SKIPPING_PAYS, DOUBLE, 2.0)
     separate = [backbone(WIDE, MASK, drops[0]), backbone(NARROW, None, drops[1])]
     for place, (each, wanted) in enumerate(zip(separate, patches, strict=True)):
         if isinstance(wanted, Tensor):
