@@ -233,7 +233,7 @@ class Backbone(nn.Module):
 
 # rate of stochastic depth from which skipping the dropped samples is faster than multiplying by zero, by device and
 # precision. In float32 on a CPU any: 2 % of a step of ViT-S at a rate of 0.1. In bf16 none there: the products gain
-# nothing, and each number of kept samples is a new shape, for which oneDNN builds new kernels. On GPUs as DINOv2 found it
+# nothing, and each number of kept samples is a new shape, for which oneDNN builds kernels. On GPUs as DINOv2 found it
 SKIPPING_PAYS = collections.defaultdict(lambda: 0.1)
 SKIPPING_PAYS["cpu", torch.float32], SKIPPING_PAYS["cpu", torch.bfloat16] = 1e-9, 1.0
 
