@@ -16,6 +16,7 @@ from pretrain.optim import OptimConfig
 from pretrain.photometric import PhotometricConfig
 from pretrain.planning import PlanningConfig
 from pretrain.schedules import SchedulesConfig
+from pretrain.verdict import VerdictConfig
 from pretrain.views import ViewsConfig
 from recipes.load import Section
 from shards.cache import CacheConfig
@@ -45,3 +46,4 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     planning: PlanningConfig = PlanningConfig()
+    verdict: VerdictConfig = VerdictConfig()

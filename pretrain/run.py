@@ -17,7 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from pretrain import checkpoint, optim, processes, schedules
+from pretrain import checkpoint, optim, processes, schedules, verdict
 from pretrain.backbone import Backbone
 from pretrain.batch import Batch
 from pretrain.centering import teacher_targets
@@ -38,7 +38,16 @@ from shards.order import Order, check_ranks
 from shards.reader import ShardReader
 
 # may differ when a run is continued: they do not change what it computes
-FREE_KEYS = ("loader.workers", "loader.prefetch", "loader.max_bad", "cache", "log_every", "health", "planning")
+FREE_KEYS = (
+    "loader.workers",
+    "loader.prefetch",
+    "loader.max_bad",
+    "cache",
+    "log_every",
+    "health",
+    "planning",
+    "verdict",
+)
 
 
 def arguments() -> tuple[PretrainConfig, Path]:
@@ -121,6 +130,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
                 keeper.after(step + 1, modules, plain, facts)
     accelerator.end_training()
     accelerator.print(f"teacher: {out / 'teacher'}")
+    verdict.conclude(config, out, accelerator)
 
 
 def main() -> None:

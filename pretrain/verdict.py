@@ -122,20 +122,20 @@ def decide(
     directions = f"its features use {end.effective_rank:.1f} directions, those of the start {start.effective_rank:.1f}"
     floor = max(config.least_rank, config.rank_share * start.effective_rank if trained else 0.0)
     if math.isnan(end.effective_rank):
-        return Decision("NO-GO", "its features are not finite", change)
+        return Decision("NO-GO", "Its features are not finite", change)
     if end.effective_rank < floor:
         return Decision(
-            "NO-GO", f"collapse: {directions}, the least allowed is {floor:.1f}; the score went {moved}", change
+            "NO-GO", f"Collapse: {directions}, the least allowed is {floor:.1f}; the score went {moved}", change
         )
     if change.high < 0:
-        return Decision("NO-GO", f"it knows the images less well than the start: the score fell {moved}", change)
+        return Decision("NO-GO", f"It knows the images less well than the start: the score fell {moved}", change)
     if change.low <= config.gain:
         more = f" by more than verdict.gain = {config.gain}" if config.gain else ""
-        return Decision("UNDECIDED", f"the score did not clearly rise{more}: {moved}; more images may tell", change)
+        return Decision("UNDECIDED", f"The score did not clearly rise{more}: {moved}; more images may tell", change)
     if losses is not None and not losses[1] < losses[0]:
-        told = f"the score rose {moved}, but the loss did not fall: from {losses[0]:.3f} to {losses[1]:.3f}"
+        told = f"The score rose {moved}, but the loss did not fall: from {losses[0]:.3f} to {losses[1]:.3f}"
         return Decision("UNDECIDED", told, change)
-    return Decision("GO", f"it knows the images better than the start: the score rose {moved}; {directions}", change)
+    return Decision("GO", f"It knows the images better than the start: the score rose {moved}; {directions}", change)
 
 
 def losses_of(run: Path) -> tuple[float, float] | None:

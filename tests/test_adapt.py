@@ -63,10 +63,10 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
         (scored(0.30), (5.0, 4.0), "UNDECIDED", "did not clearly rise"),
         (scored(0.301), (5.0, 4.0), "UNDECIDED", "did not clearly rise"),
         (scored(0.25), (5.0, 4.0), "NO-GO", "the score fell from 0.3000 to 0.2500"),
-        (scored(0.35, rank=9.9), (5.0, 4.0), "NO-GO", "collapse: its features use 9.9 directions"),
+        (scored(0.35, rank=9.9), (5.0, 4.0), "NO-GO", "Collapse: its features use 9.9 directions"),
         (scored(0.35, rank=10.1), (5.0, 4.0), "GO", "10.1 directions, those of the start 20.0"),
         (scored(0.35, rank=math.nan), (5.0, 4.0), "NO-GO", "not finite"),
-        (Agreement(np.full(400, 1 / 400), 0.0, 1.0), (5.0, 4.0), "NO-GO", "collapse"),
+        (Agreement(np.full(400, 1 / 400), 0.0, 1.0), (5.0, 4.0), "NO-GO", "Collapse"),
     ],
 )
 def test_go_no_go_and_undecided(end, losses, expected, why):
@@ -167,8 +167,8 @@ def test_a_teacher_that_did_not_change_is_undecided(adapted, tmp_path, accelerat
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda name, tensor: torch.full_like(tensor, 0.1), "collapse"),
-        (lambda name, tensor: tensor * 0 if "patch_embed" in name else tensor, "collapse"),
+        (lambda name, tensor: torch.full_like(tensor, 0.1), "Collapse"),
+        (lambda name, tensor: tensor * 0 if "patch_embed" in name else tensor, "Collapse"),
         (lambda name, tensor: tensor * math.nan if name == "norm.weight" else tensor, "not finite"),
     ],
     ids=["all-weights-equal", "blind", "nan"],
