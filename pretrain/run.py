@@ -128,7 +128,6 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
             journal.record(step, {**now._asdict(), "grad_norm": norm})
             if accelerator.is_main_process:
                 keeper.after(step + 1, modules, plain, facts)
-    accelerator.end_training()
     accelerator.print(f"teacher: {out / 'teacher'}")
     verdict.conclude(config, out, accelerator)
 
@@ -140,7 +139,10 @@ def main() -> None:
     check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
     data = config.loader
     ensure_sets(data.shards, data.draw, accelerator.is_main_process, accelerator.wait_for_everyone)
-    train(config, out, accelerator, ShardReader(data.shards, data.splits, data.keep, config.cache))
+    try:
+        train(config, out, accelerator, ShardReader(data.shards, data.splits, data.keep, config.cache))
+    finally:
+        accelerator.end_training()  # leaves the process group too: one that only dies may take the others down
 
 
 if __name__ == "__main__":

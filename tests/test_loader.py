@@ -251,8 +251,10 @@ def test_collate_without_any_mask(make_batch):
     assert batch.masked.dtype == torch.int64
 
 
-def test_a_batch_moves_as_a_whole(make_batch):
+def test_of_a_batch_what_is_computed_with_moves(make_batch):
     batch = make_batch(2)
     moved = batch.to(torch.device("meta"))
-    assert all(getattr(moved, field.name).is_meta for field in dataclasses.fields(Batch))
+    there = {field.name for field in dataclasses.fields(Batch) if getattr(moved, field.name).is_meta}
+    assert there == {"global_crops", "local_crops", "masks", "masked", "mask_weights"}
+    assert equal_batches(batch, dataclasses.replace(moved, **{name: getattr(batch, name) for name in there}))
     assert equal_batches(batch, batch.to(torch.device("cpu")))
