@@ -6,6 +6,7 @@ colour is the cue. Test: resize *bilinear* -> normalise. The two kernels differ 
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,7 @@ class AugmentConfig(Section):
     width: int = Field(128, ge=8)  # pixels
     flip: float = Field(0.5, ge=0, le=1)  # probability
     pad: int = Field(10, ge=0)  # black pixels on each side before the random crop; the largest shift
+    test_kernel: Literal["bilinear", "bicubic"] = "bilinear"  # of resizing test images; bilinear as published
     erase: float = Field(0.5, ge=0, le=1)  # probability
     erase_area: tuple[float, float] = (0.02, 1 / 3)  # of the image, in 0..1
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)  # height / width of the rectangle, > 0, log-uniform
@@ -76,6 +78,7 @@ class Augment:
         self.height, self.width = config.height, config.width
         self.flip, self.pad, self.erase = config.flip, config.pad, config.erase
         self.area, self.aspect = config.erase_area, config.erase_aspect
+        self.test_kernel = Image.Resampling[config.test_kernel.upper()]
         mean, std = np.float32(config.mean), np.float32(config.std)
         self.scale, self.offset = (1 / (255 * std))[:, None, None], (mean / std)[:, None, None]
 
@@ -104,4 +107,4 @@ class Augment:
 
     def test_view(self, image: Image.Image) -> np.ndarray:
         """The view that is searched with, float32 [3, H, W]."""
-        return np.ascontiguousarray(self._normalised(self._resized(image, Image.Resampling.BILINEAR)))
+        return np.ascontiguousarray(self._normalised(self._resized(image, self.test_kernel)))

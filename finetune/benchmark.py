@@ -1,19 +1,36 @@
-"""The protocol of one data set: embed query and gallery, search, score, write what came out."""
+"""The protocol of one data set, or of several: embed query and gallery, search, score, write what came out."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from finetune.metrics import Retrieval, evaluate
+from finetune import confidence, reporting, verification
+from finetune.breakdown import QUERY_COLUMNS, by_cameras, matching, nearest, query_rows, spread
+from finetune.metrics import JUNK, Protocol, Retrieval, evaluate
+from finetune.pair_counts import Pairs
+from finetune.rerank import RerankConfig, Reranked
 from finetune.strips import draw_strips
+from finetune.verification import Calibration, calibration_of
+from recipes.errors import UserError
 from recipes.load import Section
-from recipes.record import write_json
+from recipes.progress import Meter
+from recipes.record import write_json, write_text
 from shards.embeddings import EmbeddingTable
-from shards.neighbours import search
 from shards.reader import ShardReader
+from shards.schema import UNKNOWN
+
+Embed = Callable[[ShardReader], EmbeddingTable]  # from a reader to the features of all its images
+RESULTS, TABLE = "results.json", "table.md"
+LEVEL = 0.95  # of the confidence intervals
+BINS = 1 << 16  # of the cosine; distances.png shows fewer, cut to where the pairs are
+# of several sets, in the results.json of all
+SHORT = ("mAP", "rank1", "rank5", "rank10", "mINP", "valid", "skipped", "data", "shards", "version", "protocol")
+FILES = (RESULTS, TABLE, "queries.csv", "nearest.json", "strips.png", "distances.png", "cameras.csv", "cameras.png")
 
 
 class BenchmarkConfig(Section):
@@ -21,19 +38,59 @@ class BenchmarkConfig(Section):
 
     # a set with the splits train, query and gallery: its folder or URL, or SOURCE:PATH for a data set in its own folder
     shards: str
-    draw: Path | None = None  # recipe under recipes/shards that makes the set on first use
+    tests: tuple[str, ...] = ()  # sets to search instead, spelled alike: train on A, test on B and C; () = `shards`
+    draw: Path | None = None  # recipe under recipes/shards that makes a set on first use
     workers: int = Field(2, ge=0)  # loader processes
+    protocol: Protocol = Protocol()
+    flip: bool = False  # the feature is the mean over an image and its mirror image; twice the time to embed
+    far: float = Field(1e-3, gt=0, lt=1)  # false accept rate that the threshold for "same person" may have
+    bootstrap: int = Field(1000, ge=0)  # resamples of the queries for the confidence intervals; 0 = none
     nearest: int = Field(10, ge=1)  # neighbours listed for each query
     strips: int = Field(8, ge=0)  # queries drawn as ranked lists; 0 = no picture
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The sets that are searched."""
+        return self.tests or (self.shards,)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the search of one set came to."""
+
+    folder: Path  # where everything was written
+    told: dict[str, Any]  # results.json
+    plain: Retrieval
+    reranked: Retrieval | None
+
+    @property
+    def sentence(self) -> str:
+        """For the terminal."""
+        return reporting.sentence(self.told)
+
+    def calibration(self) -> Calibration:
+        """The threshold for "same person"; UserError where the set has too few pairs for one."""
+        if self.told["calibration"] is None:
+            raise UserError(f"nothing to calibrate with: {'; '.join(self.told['not_measured'])}")
+        return Calibration(**self.told["calibration"])
+
+
+def names(sets: Sequence[str]) -> list[str]:
+    """A short name for each set, good for a folder: the last part of its path; repeated ones are numbered."""
+    found: list[str] = []
+    for path in sets:
+        short = re.sub(r"[^\w.-]+", "-", path.rstrip("/").rpartition("/")[2]).strip("-.") or "set"
+        also = sum(re.sub(r"~\d+$", "", name) == short for name in found)
+        found.append(f"{short}~{also + 1}" if also else short)
+    return found
+
 
 class Tables:
-    """Embeddings of the query and gallery split."""
+    """Embeddings of the query and gallery split of a set."""
 
-    def __init__(self, config: BenchmarkConfig, embed: Callable[[ShardReader], EmbeddingTable]):
-        """embed: from a reader to its table, for example features.embed_split of a model."""
-        self.config = config
-        self.readers = {split: ShardReader([config.shards], split) for split in ("query", "gallery")}
+    def __init__(self, path: str, embed: Embed):
+        self.path = path
+        self.readers = {split: ShardReader([path], split) for split in ("query", "gallery")}
         self.query, self.gallery = embed(self.readers["query"]), embed(self.readers["gallery"])
 
     def save(self, folder: Path) -> None:
@@ -41,43 +98,144 @@ class Tables:
         self.query.save(folder / "query")
         self.gallery.save(folder / "gallery")
 
-    def score(self) -> Retrieval:
-        """CMC, mAP and mINP under the protocol of Market-1501: matches of the same camera do not count."""
-        return evaluate(self.query, self.gallery)
+    def facts(self) -> dict[str, Any]:
+        """Which set this is, in which version, and what its splits hold."""
+        query = self.readers["query"]
+        return {
+            "data": [source.get("title", source["name"]) for source in query.sources],
+            "shards": self.path,
+            # of the packing plan: which images in which splits under which labels
+            "version": "+".join(part["plan"][:12] for part in query.identity["sets"]),
+            "splits": {"query": counts(self.query), "gallery": counts(self.gallery)},
+            "dim": int(self.query.features.shape[1]),
+        }
 
 
-def spread(retrieval: Retrieval, count: int) -> list[int]:
-    """Query rows from the best to the worst average precision, evenly spaced."""
-    valid = np.flatnonzero(~np.isnan(retrieval.ap))
-    order = valid[np.argsort(-retrieval.ap[valid], kind="stable")]
-    return [int(order[i]) for i in np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)]
-
-
-def nearest(query: EmbeddingTable, gallery: EmbeddingTable, count: int) -> dict[str, list[dict[str, Any]]]:
-    """The `count` nearest gallery images of each query by FAISS, same-camera images included: key and cosine."""
-    scores, rows = search(gallery.features, query.features, min(count, len(gallery)))
+def counts(table: EmbeddingTable) -> dict[str, int]:
+    """Images, identities, cameras, distractors, junk and images without a label."""
+    pids = table.pids
     return {
-        key: [{"key": gallery.keys[r], "cosine": round(float(s), 4)} for s, r in zip(ss, rr, strict=True)]
-        for key, ss, rr in zip(query.keys, scores, rows, strict=True)
+        "images": len(table),
+        "identities": len(np.unique(pids[pids > 0])),
+        "cameras": len(np.unique(table.camids[table.camids >= 0])),
+        "distractors": int((pids == 0).sum()),
+        "junk": int((pids == JUNK).sum()),
+        "unlabelled": int((pids == UNKNOWN).sum()),
     }
 
 
-def report(tables: Tables, out: Path, title: str, facts: dict[str, Any]) -> Retrieval:
-    """Score the tables and write results.json, nearest.json and strips.png into `out`."""
-    retrieval, config = tables.score(), tables.config
-    data = [source.get("title", source["name"]) for source in tables.readers["query"].sources]
-    told = {**retrieval.numbers(), "data": data, **facts, "average_precision": retrieval.ap}
-    write_json(out / "results.json", told)
-    write_json(out / "nearest.json", nearest(tables.query, tables.gallery, config.nearest))
+def score(path: str, embed: Embed, protocol: Protocol) -> Retrieval:
+    """Only the numbers of one set; nothing is written."""
+    tables = Tables(path, embed)
+    return evaluate(tables.query, tables.gallery, protocol)
+
+
+def _numbers(retrieval: Retrieval, resamples: int) -> dict[str, Any]:
+    """The scalars with their confidence intervals, the CMC curve and the average precision of every query."""
+    told: dict[str, Any] = retrieval.numbers()
+    if resamples:
+        found = confidence.intervals(retrieval, LEVEL, resamples)
+        told["intervals"] = {"level": LEVEL, "resamples": resamples, **found}
+    return {**told, "cmc": retrieval.cmc, "average_precision": retrieval.ap}
+
+
+def _pairs(config: BenchmarkConfig, tables: Tables, title: str, meter: Meter) -> tuple[Pairs | None, dict[str, Any]]:
+    """The pairs of the set, and what they say: ROC and open set, the calibration, and why one of them is missing."""
+    told: dict[str, Any] = {"verification": None, "calibration": None, "not_measured": []}
+    try:
+        found = verification.verify(tables.query, tables.gallery, config.protocol, meter=meter)
+        told["verification"] = found.numbers()
+        told["calibration"] = calibration_of(found.pairs, title, config.protocol, config.far).model_dump()
+    except UserError as error:  # a set may have too few pairs for these and still be searched
+        told["not_measured"].append(str(error))
+    return found.pairs if told["verification"] else None, told
+
+
+def _pictures(
+    folder: Path, config: BenchmarkConfig, tables: Tables, told: dict, plain: Retrieval, pairs: Pairs | None
+) -> dict[str, str]:
+    """strips.png, distances.png and cameras.png; what each shows, by its name."""
+    shown = {}
     if config.strips:
-        panel = (title, tables.query, tables.gallery)
-        readers = tables.readers["query"], tables.readers["gallery"]
-        draw_strips(out / "strips.png", *readers, [panel], spread(retrieval, config.strips))
-    return retrieval
+        rows, readers = spread(plain, config.strips), (tables.readers["query"], tables.readers["gallery"])
+        panel = told["title"], tables.query, tables.gallery
+        draw_strips(folder / "strips.png", *readers, [panel], rows, protocol=config.protocol)
+        shown["strips.png"] = (
+            f"Ranked lists of {len(rows)} queries from the best to the worst average precision. Ticks and solid frames "
+            "are right answers, crosses and dashed frames wrong ones."
+        )
+    if pairs:
+        thresholds = {"equal error": told["verification"]["eer_threshold"]}
+        if told["calibration"]:
+            thresholds = {f"FAR {config.far:g}": told["calibration"]["threshold"]}
+        histogram = reporting.Histogram(*pairs.histogram(BINS))
+        roc = told["verification"]["roc"]
+        shown["distances.png"] = reporting.draw_distances(folder / "distances.png", histogram, thresholds, roc)
+    if len(told["cameras"]) > 1:
+        shown["cameras.png"] = reporting.draw_cameras(folder / "cameras.png", told["cameras"])
+    return shown
 
 
-def sentence(retrieval: Retrieval) -> str:
-    """The result in one line, in per cent."""
-    numbers = {"mAP": retrieval.mAP, "Rank-1": retrieval.rank1, "Rank-5": retrieval.rank5, "mINP": retrieval.mINP}
-    text = "  ".join(f"{name} {100 * value:.1f}" for name, value in numbers.items())
-    return f"{text}  ({retrieval.valid} queries, {retrieval.skipped} without a match)"
+def _report(
+    config: BenchmarkConfig, rerank: RerankConfig, tables: Tables, folder: Path, facts: Mapping[str, Any]
+) -> Outcome:
+    """Search one set and write everything about it; results.json comes last."""
+    query, gallery, protocol = tables.query, tables.gallery, config.protocol
+    with Meter(2 * len(query), "search", "queries") as meter:
+        plain, second = evaluate(query, gallery, protocol, meter=meter), None
+        about = tables.facts()
+        pairs, measured = _pairs(config, tables, f"{' + '.join(about['data'])} ({about['version']})", meter)
+    told = {**_numbers(plain, config.bootstrap), **facts, **about, "flip": config.flip}
+    told |= {"protocol": {**protocol.model_dump(), "rules": protocol.rules()}, **measured}
+    if rerank.k1:
+        again = Reranked(query.features, gallery.features, rerank)
+        with Meter(len(query), "search re-ranked", "queries") as meter:
+            second = evaluate(query, gallery, protocol, scores=again.scores, meter=meter)
+        told["reranked"] = {**_numbers(second, config.bootstrap), "rerank": rerank.model_dump()}
+    matches = matching(query, gallery, protocol)
+    told["cameras"] = by_cameras(query, gallery, matches, protocol)
+    reporting.write_csv(folder / "queries.csv", QUERY_COLUMNS, query_rows(query, gallery, matches, plain, second))
+    if told["cameras"]:
+        columns = "query", "gallery", "queries", "mAP"
+        rows = ([pair[column] for column in columns] for pair in told["cameras"])
+        reporting.write_csv(folder / "cameras.csv", columns, rows)
+    write_json(folder / "nearest.json", nearest(query, gallery, config.nearest))
+    shown = _pictures(folder, config, tables, told, plain, pairs)
+    write_text(folder / TABLE, reporting.table(told["title"], [told], shown))
+    write_json(folder / RESULTS, told)
+    return Outcome(folder, told, plain, second)
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder; what an earlier evaluation left in it goes, so that nothing old stands beside new numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def run(
+    config: BenchmarkConfig, rerank: RerankConfig, embed: Embed, out: Path, title: str, facts: Mapping[str, Any]
+) -> list[Outcome]:
+    """Search every set of the config and write what came out, for one set into OUT, for several into OUT/<set>.
+
+    embed: from a reader to its table, for example features.embedder of a model. title: what was evaluated, for tables
+    and pictures. facts: more about it, JSON-able, for results.json. With several sets OUT/table.md and OUT/results.json
+    have the numbers of all. Call it in one process only.
+    """
+    sets, folders = config.sets, [out]
+    _clear(out)
+    if len(sets) > 1:
+        folders = [out / name for name in names(sets)]
+    outcomes = []
+    for path, folder in zip(sets, folders, strict=True):
+        _clear(folder)
+        tables = Tables(path, embed)
+        tables.save(folder / "embeddings")
+        outcomes.append(_report(config, rerank, tables, folder, {"title": title, **facts}))
+    if len(sets) > 1:
+        every = [outcome.told for outcome in outcomes]
+        pages = {f"{folder.name}/{TABLE}": folder.name for folder in folders}
+        write_text(out / TABLE, reporting.table(title, every, {}, pages))
+        short = {folder.name: {key: told[key] for key in SHORT} for folder, told in zip(folders, every, strict=True)}
+        write_json(out / RESULTS, {"title": title, **facts, "sets": short})
+    return outcomes

@@ -5,11 +5,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from finetune.augment import AugmentConfig
+from finetune.backbones import BackboneConfig
 from finetune.benchmark import BenchmarkConfig
 from finetune.identities import IdentitiesConfig
 from finetune.optim import OptimConfig
+from finetune.rerank import RerankConfig
+from finetune.resume import ResumeConfig
 from finetune.sampling import SamplingConfig
-from pretrain.backbone import BackboneConfig
+from finetune.validation import ValidationConfig
 from recipes.load import Section
 
 
@@ -27,3 +30,6 @@ class FinetuneConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     backbone: BackboneConfig = BackboneConfig()
     optim: OptimConfig = OptimConfig()
+    validation: ValidationConfig = ValidationConfig()
+    resume: ResumeConfig = ResumeConfig()
+    rerank: RerankConfig = RerankConfig()

@@ -98,7 +98,7 @@ def main() -> None:
     if main_process:
         parts.join(reader.pids, reader.camids, Keys(reader.keys))
         print(f"{len(reader):,} images embedded: {given.out}")
-    accelerator.end_training()
+    processes.end(accelerator)
 
 
 if __name__ == "__main__":

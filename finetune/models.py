@@ -7,31 +7,67 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune import backbones, foreign_reid
 from finetune.augment import AugmentConfig
+from finetune.backbones import BackboneConfig, TimmBackbone
 from finetune.methods import build
 from finetune.methods.base import Direct, Method, Parts
 from finetune.sampling import SamplingConfig
-from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
+from pretrain import hub, untrusted
+from pretrain.architecture import misfits
+from pretrain.backbone import Backbone
 from pretrain.checkpoint import load_backbone, load_model, save_model
-from pretrain.foreign import is_foreign
+from pretrain.foreign import TIMM, is_foreign
+from pretrain.foreign_styles import bare_keys, unwrap
 from recipes.errors import UserError
 
 SCRATCH = "none"  # `--ckpt none`: random weights
 
 
-def start_backbone(ckpt: str, config: BackboneConfig, size: tuple[int, int], seed: int) -> tuple[Backbone, dict]:
+def start_backbone(
+    ckpt: str, config: BackboneConfig, size: tuple[int, int], seed: int
+) -> tuple[Backbone | TimmBackbone, dict]:
     """The backbone that a training starts from, and the config stored with it ({} for random weights).
 
-    ckpt: a path, what pretrain/foreign.py reads, or "none". size: height, width of the input. Another width or depth
-    than the recipe's is a UserError.
+    ckpt: a path, hub:OWNER/NAME, what pretrain/foreign.py reads, or "none". size: height, width of the input. Another
+    width or depth than the recipe's is a UserError.
     """
-    wanted = timm_arguments(config, size)
-    if ckpt != SCRATCH:
+    ckpt = hub.local(ckpt)
+    wanted = backbones.arguments_of(config, size)
+    vit = backbones.is_vit(config.name)
+    if ckpt != SCRATCH and vit:
         return load_backbone(ckpt, wanted, config.drop_path)
+    if ckpt != SCRATCH and is_foreign(ckpt) and not ckpt.startswith(TIMM):
+        return _from_file(ckpt, wanted, config.drop_path)
+    if ckpt != SCRATCH:
+        return backbones.load(ckpt, wanted, config.drop_path)
     torch.manual_seed(seed)
-    backbone = Backbone(wanted, drop_path=config.drop_path)
-    backbone.initialise(config.init)
+    backbone = backbones.build(wanted, config.drop_path)
+    if vit:
+        backbone.initialise(config.init)
     return backbone, {}
+
+
+def _from_file(ckpt: str, wanted: dict[str, Any], drop_path: float) -> tuple[TimmBackbone, dict[str, Any]]:
+    """A network that is no ViT with the weights of a file: of a model fine-tuned elsewhere, or timm's or torchvision's
+    own, whose classifier is left out. Strict: a UserError names what does not fit."""
+    backbone = TimmBackbone(wanted, drop_path)
+    found = foreign_reid.read(ckpt)
+    if found is not None:
+        prefix, normalize = "backbone.model.", {key: found.config["augment"][key] for key in ("mean", "std")}
+        tensors = {key.removeprefix(prefix): t for key, t in found.tensors.items() if key.startswith(prefix)}
+        facts = {"source": found.config["source"], "normalize": normalize}
+    else:
+        state = untrusted.tensors_of(unwrap(untrusted.read(Path(ckpt)), ckpt).state, ckpt)
+        classifier = f"{backbone.model.default_cfg.get('classifier', 'fc')}."
+        keys = {key: source for key, source in bare_keys(state).items() if not key.startswith(classifier)}
+        tensors = {key: state[source] for key, source in keys.items()}
+        facts = {"source": f"{len(tensors)} tensors of {Path(ckpt).name} without its classifier"}
+    told = misfits(backbone.model.state_dict(), tensors)
+    if told:
+        raise UserError(f"--ckpt {ckpt} does not fit backbone.name = {wanted['model_name']!r}: {told}")
+    backbone.model.load_state_dict(tensors)
+    return backbone, facts
 
 
 def save(folder: Path, method: Method, section: dict[str, Any], augment: AugmentConfig, facts: dict[str, Any]) -> None:
@@ -42,14 +78,28 @@ def save(folder: Path, method: Method, section: dict[str, Any], augment: Augment
 
 def _load_method(ckpt: str, tensors: dict[str, torch.Tensor], stored: dict[str, Any]) -> tuple[Method, AugmentConfig]:
     """A fine-tuned model as `save` stored it, and its augmentation."""
-    parts = Parts(Backbone(stored["timm"]), stored["classes"], SamplingConfig(), 0)
+    parts = Parts(backbones.build(stored["timm"]), stored["classes"], stored.get("cameras", 0), SamplingConfig(), 0)
     method = build(stored["method"], parts)
-    try:
-        method.load_state_dict(tensors)
-    except RuntimeError as error:
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"--ckpt {ckpt}: weights and config do not belong together: {told}") from error
+    told = misfits(method.state_dict(), tensors)
+    if told:
+        name = stored["method"].get("name")
+        raise UserError(f"--ckpt {ckpt}: its weights are not exactly those of the method {name!r}: {told}")
+    method.load_state_dict(tensors)
     return method, AugmentConfig(**stored["augment"])
+
+
+def fine_tuned(
+    ckpt: str, choices: foreign_reid.Choices = foreign_reid.AS_PUBLISHED
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Weights and config of a model that was fine-tuned with identities, here or elsewhere; None: `ckpt` is another
+    thing. choices: what a file from elsewhere does not tell."""
+    if ckpt == SCRATCH or ckpt.startswith(TIMM):
+        return None
+    if is_foreign(ckpt):
+        found = foreign_reid.read(ckpt, choices)
+        return None if found is None else (found.tensors, found.config)
+    tensors, stored = load_model(ckpt)
+    return (tensors, stored) if stored.get("kind") == "reid" else None
 
 
 def load_embedder(
@@ -57,27 +107,36 @@ def load_embedder(
 ) -> tuple[nn.Module, AugmentConfig]:
     """What `--ckpt` names, ready to embed, and how its input is prepared.
 
-    A teacher, random weights or a file of another project embed with the CLS token as it is; a fine-tuned model of ours
-    as its method does. A teacher or a file gets the normalisation of its training, as far as it is known, a fine-tuned
-    model of ours everything as in its training.
+    A teacher, random weights or a backbone of another project embed with the CLS token as it is; a model that was
+    fine-tuned for re-identification, here or elsewhere, as its method does. A backbone gets the normalisation of its
+    training, as far as it is known, a fine-tuned model everything as in its training.
     """
-    if ckpt != SCRATCH and not is_foreign(ckpt):
-        tensors, stored = load_model(ckpt)
-        if stored.get("kind") == "reid":
-            return _load_method(ckpt, tensors, stored)
+    ckpt = hub.local(ckpt)
+    found = fine_tuned(ckpt)
+    if found is not None:
+        return _load_method(ckpt, *found)
     backbone, stored = start_backbone(ckpt, config, (augment.height, augment.width), seed)
     return Direct(backbone), augment.model_copy(update=stored.get("normalize", {}))
 
 
-def load_stored(ckpt: str) -> tuple[nn.Module, AugmentConfig]:
+def load_stored(
+    ckpt: str, choices: foreign_reid.Choices = foreign_reid.AS_PUBLISHED
+) -> tuple[nn.Module, AugmentConfig]:
     """As `load_embedder` without a recipe: a teacher too gets the input size that it was trained with."""
-    if not is_foreign(ckpt):
-        tensors, stored = load_model(ckpt)
-        if stored.get("kind") == "reid":
-            return _load_method(ckpt, tensors, stored)
+    return load_known(ckpt, choices)[:2]
+
+
+def load_known(
+    ckpt: str, choices: foreign_reid.Choices = foreign_reid.AS_PUBLISHED
+) -> tuple[nn.Module, AugmentConfig, dict[str, Any]]:
+    """As `load_stored`, and the config that is stored with the model."""
+    ckpt = hub.local(ckpt)
+    found = fine_tuned(ckpt, choices)
+    if found is not None:
+        return *_load_method(ckpt, *found), found[1]
     backbone, stored = load_backbone(ckpt)
     height, width = stored["timm"]["img_size"]
-    return Direct(backbone), AugmentConfig(height=height, width=width, pad=0, **stored.get("normalize", {}))
+    return Direct(backbone), AugmentConfig(height=height, width=width, pad=0, **stored.get("normalize", {})), stored
 
 
 def fingerprint(model: nn.Module) -> str:

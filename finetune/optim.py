@@ -1,28 +1,45 @@
-"""Optimiser and learning rate of fine-tuning, as in TransReID-SSL and PersonViT."""
+"""Optimiser and learning rate of fine-tuning: as in TransReID-SSL and PersonViT, or as in fast-reid's BoT."""
 
 import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
+from timm.models import group_parameters
 from torch import nn
 
+from finetune.backbones import TimmBackbone
+from pretrain.backbone import Backbone
+from recipes.errors import UserError
 from recipes.load import Section
 
 
 class OptimConfig(Section):
-    """SGD as published, or AdamW."""
+    """SGD and the cosine of the published ViTs, Adam and the steps of BoT's ResNet-50, or AdamW."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"  # adam: its weight decay is part of the gradient, unlike adamw's
     lr: float = Field(4e-4, gt=0)
     bias_lr_factor: float = Field(2.0, gt=0)  # for parameters whose name contains "bias"
-    momentum: float = Field(0.9, ge=0, lt=1)  # SGD
-    weight_decay: float = Field(1e-4, ge=0)  # on everything
+    # the rate shrinks by this factor from each block of the backbone to the one below it; 1: the same for all. A ViT:
+    # neck and final norm 1, last block once, embeddings depth + 1 times (BEiT, arXiv 2106.08254)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    momentum: float = Field(0.9, ge=0, lt=1)  # SGD, without Nesterov
+    weight_decay: float = Field(1e-4, ge=0)  # on everything, biases, norms and positions included
     epochs: int = Field(120, ge=1)
     warmup_epochs: float = Field(20.0, ge=0)  # linear from warmup_factor * lr, the same start for biases
     warmup_factor: float = Field(0.01, ge=0, le=1)
+    schedule: Literal["cosine", "steps"] = "cosine"  # after the warm-up
     end_factor: float = Field(0.002, ge=0, le=1)  # the cosine ends at end_factor * lr
+    steps: tuple[float, ...] = (40.0, 90.0)  # epochs, growing: from each on the rate is `gamma` times what it was
+    gamma: float = Field(0.1, gt=0, le=1)  # of the steps
     by: Literal["epoch", "step"] = "epoch"  # how often the rate changes; published: each epoch
+
+    @field_validator("steps")
+    @classmethod
+    def _growing(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
+        if list(steps) != sorted(set(steps)) or any(step <= 0 for step in steps):
+            raise ValueError(f"steps must be growing epochs above 0, not {steps}")
+        return steps
 
 
 def learning_rate(progress: float, base: float, config: OptimConfig) -> float:
@@ -33,21 +50,60 @@ def learning_rate(progress: float, base: float, config: OptimConfig) -> float:
     start, end = config.warmup_factor * config.lr, config.end_factor * config.lr
     if progress < config.warmup_epochs:
         return start + progress * (base - start) / config.warmup_epochs
+    if config.schedule == "steps":
+        return base * config.gamma ** sum(progress >= step for step in config.steps)
     return end + 0.5 * (base - end) * (1 + math.cos(math.pi * progress / config.epochs))
 
 
+def levels(backbone: Backbone | TimmBackbone) -> dict[str, int]:
+    """How many levels each parameter of a backbone lies below the neck, which is level 0 and trains at the full rate.
+
+    A ViT as in BEiT: final norm 0, last block 1, first block `depth`, tokens, positions and patch embedding depth + 1.
+    Another network by the layers that timm tells: the last one 1. UserError where timm knows none.
+    """
+    if isinstance(backbone, Backbone):
+        depth, found = len(backbone.vit.blocks), {}
+        for name, _ in backbone.named_parameters():
+            head, *rest = name.removeprefix("vit.").split(".")
+            found[name] = depth - int(rest[0]) if head == "blocks" else 0 if head in ("norm", "fc_norm") else depth + 1
+        return found
+    name = backbone.arguments["model_name"]
+    try:
+        layers = group_parameters(backbone.model, backbone.model.group_matcher(coarse=False), reverse=True)
+    except (AttributeError, NotImplementedError) as error:
+        raise UserError(f"optim.layer_decay: timm does not tell the layers of {name}; set it to 1") from error
+    if len(set(layers.values())) == 1:
+        raise UserError(f"optim.layer_decay: for timm {name} is one layer, so nothing can decay; set it to 1")
+    return {f"model.{key}": max(layers.values()) + 1 - layer for key, layer in layers.items()}
+
+
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Group 0: weights; group 1: biases, with their own rate."""
+    """Group 0: weights, group 1: biases; with layer_decay two such groups for each level.
+
+    Each group has `bias_factor` and `scale`, from which `set_rate` makes its rate.
+    """
+    below: dict[str, int] = {}
+    if config.layer_decay != 1:
+        for prefix, part in module.named_modules():
+            if isinstance(part, Backbone | TimmBackbone):
+                below |= {f"{prefix}.{name}".lstrip("."): level for name, level in levels(part).items()}
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in named if ("bias" in n) == bias], "lr": config.lr} for bias in (False, True)]
+    groups = []
+    for level in sorted({0, *below.values()}):
+        own = [(name, p) for name, p in named if below.get(name, 0) == level]
+        for bias in (False, True):
+            parameters = [p for name, p in own if ("bias" in name) == bias]
+            factors = {"bias_factor": config.bias_lr_factor if bias else 1.0, "scale": config.layer_decay**level}
+            groups.append({"params": parameters, "lr": config.lr, **factors})
     if config.kind == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    kind = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
+    return kind(groups, weight_decay=config.weight_decay)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, epoch: float, config: OptimConfig) -> float:
-    """Set the rates for a moment in epochs (fraction included); returns that of the weights."""
+    """Set the rates for a moment in epochs (fraction included); returns that of the neck's weights."""
     progress = epoch if config.by == "step" else math.floor(epoch)
-    for group, factor in zip(optimizer.param_groups, (1.0, config.bias_lr_factor), strict=True):
-        group["lr"] = learning_rate(progress, factor * config.lr, config)
-    return optimizer.param_groups[0]["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * learning_rate(progress, group["bias_factor"] * config.lr, config)
+    return learning_rate(progress, config.lr, config)

@@ -1,8 +1,8 @@
 """Ranked lists as one picture: the query and the first gallery entries, right and wrong ones marked.
 
-Entries of the query's identity on the query's camera and junk are left out, as in the metrics. Right answers have a
-solid green frame and a tick, wrong ones a dashed red frame and a cross, so the picture reads without colour too;
-entries whose identity is not known have a grey frame and no mark.
+What the protocol hides from a query is left out, as in the metrics. Right answers have a solid green frame and a tick,
+wrong ones a dashed red frame and a cross, so the picture reads without colour too; entries whose identity is not known
+have a grey frame and no mark. Below an answer stand its distance d = 1 - cosine, its place and its camera.
 """
 
 import io
@@ -10,12 +10,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol as Interface
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from finetune.metrics import JUNK, GalleryLabels, rank_matches
+from finetune.metrics import JUNK, GalleryLabels, Protocol, own_rows, rank_matches
 from recipes.errors import UserError
 from shards.embeddings import EmbeddingTable
 from shards.schema import UNKNOWN, Sample
@@ -25,7 +25,7 @@ GAP, FRAME, CAPTION, LABEL = 8, 4, 30, 16  # pixels: between tiles, frame, two l
 DASH = 7  # pixels
 
 
-class Reader(Protocol):
+class Reader(Interface):
     """Rows of a split as encoded images, in the order of its embedding table."""
 
     def __getitem__(self, row: int) -> Sample: ...
@@ -39,22 +39,28 @@ class Hit:
     """One answer of a ranked list."""
 
     row: int  # in the gallery
-    score: float
+    score: float  # inner product of the features
     right: bool | None  # None: the query's or the entry's identity is not known
 
 
-def ranked(query: EmbeddingTable, gallery: EmbeddingTable, row: int, top: int) -> tuple[list[Hit], float]:
+def ranked(
+    query: EmbeddingTable, gallery: EmbeddingTable, row: int, top: int, protocol: Protocol | None = None
+) -> tuple[list[Hit], float]:
     """The first `top` kept answers to the query in `row`, and its average precision (NaN without a match).
 
-    Order as in metrics: higher score first, then lower gallery row.
+    Order as in metrics: higher score first, then lower gallery row. protocol: that of Market-1501 by default.
     """
+    labels, one = GalleryLabels(gallery.pids, gallery.camids, protocol), slice(row, row + 1)
+    own = np.full(1, -1)
+    if labels.keep:
+        same_key = EmbeddingTable(query.features[one], query.pids[one], query.camids[one], query.keys[one])
+        own = own_rows(same_key, gallery)
     pid, camid = int(query.pids[row]), int(query.camids[row])
-    labels = GalleryLabels(gallery.pids, gallery.camids)
-    scores = query.features[row : row + 1] @ gallery.features.T
-    matches = rank_matches(scores, query.pids[row : row + 1], query.camids[row : row + 1], labels)[0]
+    scores = query.features[one] @ gallery.features.T
+    matches = rank_matches(scores, query.pids[one], query.camids[one], labels, own)[0]
     precision = float(np.mean(np.arange(1, len(matches) + 1) / matches)) if len(matches) else float("nan")
     kept = gallery.pids != JUNK
-    kept[labels.split(pid, camid)[1]] = False
+    kept[labels.split(pid, camid, int(own[0]))[1]] = False
     rows = np.flatnonzero(kept)
     best = rows[np.argsort(-scores[0, rows], kind="stable")[:top]]
     known = pid > 0
@@ -81,6 +87,12 @@ def _picture(reader: Reader, table: EmbeddingTable, row: int, size: tuple[int, i
 
 def _camera(camid: int) -> str:
     return "cam ?" if camid == UNKNOWN else f"cam {camid}"
+
+
+def _distance(score: float) -> str:
+    """d = 1 - cosine; with more digits where all are near to each other."""
+    apart = max(0.0, 1 - score)
+    return f"d {apart:.3f}" if apart >= 0.01 else f"d {apart:.5f}"
 
 
 def _dashed(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: tuple[int, int, int]) -> None:
@@ -167,24 +179,26 @@ def draw_strips(
     rows: Sequence[int],
     top: int = 10,
     tile: tuple[int, int] = (64, 128),
+    protocol: Protocol | None = None,
 ) -> None:
     """Write the ranked lists of some queries as a PNG.
 
     query_reader, gallery_reader: the images of the tables' rows. panels: one a model, all of the same images; a query
     gives one strip a model, below each other. rows: query rows to draw. tile: width and height of an image in pixels.
+    protocol: what a query may see; that of Market-1501 by default.
     """
     _check(panels, rows, top)
     sheet = _Sheet(len(rows) * len(panels), top + 1, tile)
     line = 0
     for row in rows:
         for label, query, gallery in panels:
-            hits, precision = ranked(query, gallery, row, top)
+            hits, precision = ranked(query, gallery, row, top, protocol)
             mark = "no match in the gallery" if np.isnan(precision) else f"AP {precision:.3f}"
             sheet.label(line, f"{label}   query {query.keys[row]}   {mark}")
             captions = ("query", _camera(int(query.camids[row])))
             sheet.tile(line, 0, _picture(query_reader, query, row, tile), None, captions)
             for place, hit in enumerate(hits, start=1):
-                captions = (f"{place}: {hit.score:.3f}", _camera(int(gallery.camids[hit.row])))
+                captions = (_distance(hit.score), f"{place}: {_camera(int(gallery.camids[hit.row]))}")
                 sheet.tile(line, place, _picture(gallery_reader, gallery, hit.row, tile), hit.right, captions)
             line += 1
     path = Path(path)

@@ -17,19 +17,25 @@ Place = tuple[int, int, int, int]  # epoch, batch, slot in the global batch, pos
 
 
 class TrainViews(Dataset):
-    """Place -> (image, label, drop-path draws)."""
+    """Place -> (image, label, drop-path draws, camera)."""
 
-    def __init__(self, reader: ShardReader, identities: Identities, augment: Augment, seed: int, drop_places: int):
+    def __init__(self, reader: ShardReader, identities: Identities, augment: Augment, seed: int, draws: int):
         self.reader, self.identities, self.augment = reader, identities, augment
-        self.seed, self.drop_places = seed, drop_places
+        self.seed, self.draws = seed, draws
 
-    def __getitem__(self, place: Place) -> tuple[np.ndarray, int, np.ndarray]:
+    def __getitem__(self, place: Place) -> tuple[np.ndarray, int, np.ndarray, int]:
         epoch, batch, slot, position = place
         # the slot, not the image: an image may stand in a batch more than once
         rng = generator(self.seed, "finetune/views", epoch, batch, slot)
-        image = decode(self.reader[int(self.identities.rows[position])].image)
-        view = self.augment.train_view(image, rng)
-        return view, int(self.identities.labels[position]), rng.random(self.drop_places, dtype=np.float32)
+        row = int(self.identities.rows[position])
+        view = self.augment.train_view(decode(self.reader[row].image), rng)
+        draws = rng.random(self.draws, dtype=np.float32)
+        return view, int(self.identities.labels[position]), draws, int(self.reader.camids[row])
+
+
+def seed_torch(seed: int, step: int, rank: int) -> None:
+    """Seed torch's own generators for a step: models of timm draw their stochastic depth from them."""
+    torch.manual_seed(int(generator(seed, "finetune/torch", step, rank).integers(2**62)))
 
 
 class Places:
@@ -53,10 +59,9 @@ def places(epoch: int, batches: np.ndarray, per_identity: int, rank: int, ranks:
     return [[(epoch, number, slot, int(batch[slot])) for slot in slots] for number, batch in enumerate(batches)]
 
 
-def collate(items: list[tuple[np.ndarray, int, np.ndarray]]) -> ImageBatch:
+def collate(items: list[tuple[np.ndarray, int, np.ndarray, int]]) -> ImageBatch:
     """Stack the images of one process."""
-    images, labels, drops = zip(*items, strict=True)
-    return ImageBatch(*(torch.from_numpy(np.stack(part)) for part in (images, labels, drops)))
+    return ImageBatch(*(torch.from_numpy(np.stack(part)) for part in zip(*items, strict=True)))
 
 
 def build_loader(views: TrainViews, sampler: Places, workers: int) -> DataLoader:

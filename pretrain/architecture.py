@@ -1,6 +1,7 @@
 """Which Vision Transformer some weights belong to: timm's arguments from their shapes, and the strict comparison."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -106,21 +107,26 @@ def prefix_places(vit: VisionTransformer) -> int:
 
 def check_keys(tensors: dict[str, Tensor], arguments: dict[str, Any], where: str) -> None:
     """Raise UserError that names missing, unexpected and reshaped keys, unless the weights are exactly that model's."""
-    own = {name: tuple(value.shape) for name, value in empty_vit(arguments).state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    told = misfits(empty_vit(arguments).state_dict(), tensors)
+    if told:
+        raise UserError(f"{where} is not exactly one plain ViT: by timm's names, {told}")
+
+
+def misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """`2 missing (a, b); 1 not expected (c)`: how the keys and shapes of `given` differ from those of `wanted`, ""
+    where they do not."""
+    own, found = ({name: tuple(value.shape) for name, value in state.items()} for state in (wanted, given))
     reshaped = [f"{key} {found[key]} for {own[key]}" for key in own if key in found and found[key] != own[key]]
     faults = {
         "missing": [key for key in own if key not in found],
         "not expected": [key for key in found if key not in own],
         "of another shape": reshaped,
     }
-    told = [
+    return "; ".join(
         f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
         for what, keys in faults.items()
         if keys
-    ]
-    if told:
-        raise UserError(f"{where} is not exactly one plain ViT: by timm's names, {'; '.join(told)}")
+    )
 
 
 def traits(arguments: dict[str, Any]) -> dict[str, Any]:

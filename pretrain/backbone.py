@@ -40,6 +40,7 @@ class Tokens(NamedTuple):
 
     cls: Tensor  # [B, D]
     patches: Tensor  # [B, N, D], row by row over the grid; or [M, D], those that were asked for
+    registers: Tensor | None = None  # [B, R, D], where all tokens were asked for
 
 
 def init_linear(module: nn.Module, how: Init) -> None:
@@ -118,10 +119,62 @@ class Backbone(nn.Module):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, drops: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        drops: Tensor | None = None,
+        added: Tensor | None = None,
+        patches: Literal["all", "none"] = "all",
+    ) -> Tokens:
         """images float [B, 3, H, W]; mask bool [B, gh, gw], True = replaced by the mask embedding before the positions
-        are added; drops float [B, S] uniform draws for stochastic depth, S = len(self.drops)."""
-        return self.packed([images], mask, None if drops is None else [drops], ["all"])[0]
+        are added; drops float [B, S] uniform draws for stochastic depth, S = len(self.drops); added float [B, D], added
+        to every token before the first block; patches: "none" where CLS alone is wanted."""
+        return self.packed([images], mask, None if drops is None else [drops], [patches], added)[0]
+
+    def before_last(self, images: Tensor, drops: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """The tokens [B, L, D] that go into the last block; arguments as in `forward`."""
+        x, layout, kernel, depths = self._start([images], None, None if drops is None else [drops], True, added)
+        return self._through(self.vit.blocks[:-1], x, layout, kernel, depths).unflatten(0, layout[0][:2])
+
+    def last(
+        self, tokens: Tensor, drops: Tensor | None, block: nn.Module | None = None, norm: nn.Module | None = None
+    ) -> Tensor:
+        """The last block and the norm, or copies of them, on tokens [B, L, D]; drops: float [B, 2] or None."""
+        layout, x = (Span(*tokens.shape[:2]),), tokens.flatten(0, 1)
+        depths, rate = [None, None], self.drops[-1]
+        if drops is not None and rate:
+            kept = ((drops >= rate) / (1 - rate)).to(x.device).repeat_interleave(layout[0].length, dim=0)
+            depths = [Depth(factor[:, None]) for factor in kept.unbind(1)]
+        kernel = kernel_for(x.device, torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)
+        x = self.run_block(block or self.vit.blocks[-1], x, layout, kernel, *depths)
+        return (norm or self.vit.norm)(x).unflatten(0, layout[0][:2])
+
+    def _through(self, blocks: Sequence[nn.Module], x: Tensor, layout: Layout, kernel: str, depths: list) -> Tensor:
+        """Tokens [T, D] through whole blocks."""
+        for place, block in enumerate(blocks):
+            x = self.run_block(block, x, layout, kernel, depths[2 * place], depths[2 * place + 1])
+        return x
+
+    def _start(
+        self,
+        crops: Sequence[Tensor],
+        mask: Tensor | None,
+        drops: Sequence[Tensor] | None,
+        whole: bool,
+        added: Tensor | None,
+    ) -> tuple[Tensor, Layout, str, list[Depth | None]]:
+        """The tokens before the first block [T, D], which belong together, the kernel, and the stochastic depth."""
+        pieces = [self._embed(images, mask if place == 0 else None) for place, images in enumerate(crops)]
+        if added is not None:
+            pieces[0] = pieces[0] + added[:, None].to(pieces[0].dtype)
+        layout = tuple(Span(*piece.shape[:2]) for piece in pieces)
+        x = pieces[0].flatten(0, 1) if len(pieces) == 1 else torch.cat([piece.flatten(0, 1) for piece in pieces])
+        x = self.vit.norm_pre(x)
+        precision = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
+        pays = SKIPPING_PAYS[x.device.type, precision] if self.skips_samples else 1.0
+        depths = self._depths(None if drops is None else torch.cat(list(drops)), layout, x.device, (whole, pays))
+        return x, layout, kernel_for(x.device, precision), depths
 
     def packed(
         self,
@@ -129,29 +182,23 @@ class Backbone(nn.Module):
         mask: Tensor | None,
         drops: Sequence[Tensor] | None,
         patches: Sequence[Tensor | Literal["all", "none"]],
+        added: Tensor | None = None,
     ) -> list[Tokens]:
         """Crops of several sizes in one forward; equal to one forward for each size.
 
-        crops: float [n, 3, h, w] each. mask: of the first ones, see `forward`. drops: float [n, S] each; on the host
-        they let the device skip what is dropped. patches: which patch tokens are wanted of each: "all", "none", or
+        crops: float [n, 3, h, w] each. mask, added: of the first ones, see `forward`. drops: float [n, S] each; on the
+        host they let the device skip what is dropped. patches: which patch tokens are wanted of each: "all", "none", or
         int64 [M], places in the flattened [n * N]; where not all are, the last block runs on the wanted tokens only.
         """
-        pieces = [self._embed(images, mask if place == 0 else None) for place, images in enumerate(crops)]
-        layout = tuple(Span(*piece.shape[:2]) for piece in pieces)
-        x = pieces[0].flatten(0, 1) if len(pieces) == 1 else torch.cat([piece.flatten(0, 1) for piece in pieces])
-        x = self.vit.norm_pre(x)
         whole = all(isinstance(each, str) and each == "all" for each in patches)
-        precision = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype
-        pays = SKIPPING_PAYS[x.device.type, precision] if self.skips_samples else 1.0
-        depths = self._depths(None if drops is None else torch.cat(list(drops)), layout, x.device, (whole, pays))
-        kernel = kernel_for(x.device, precision)
+        x, layout, kernel, depths = self._start(crops, mask, drops, whole, added)
         *blocks, last = self.vit.blocks
-        for place, block in enumerate(blocks):
-            x = self.run_block(block, x, layout, kernel, depths[2 * place], depths[2 * place + 1])
+        x = self._through(blocks, x, layout, kernel, depths)
         if whole:
             x = self.vit.norm(self.run_block(last, x, layout, kernel, *depths[-2:]))
+            prefix = self.vit.num_prefix_tokens
             ends = [part.unflatten(0, span[:2]) for part, span in zip(split(x, layout), layout, strict=True)]
-            return [Tokens(part[:, 0], part[:, self.vit.num_prefix_tokens :]) for part in ends]
+            return [Tokens(part[:, 0], part[:, prefix:], part[:, 1:prefix]) for part in ends]
         reduced, rows, answered, counts = self._wanted(layout, patches, x.device)
         factors = tuple(None if depth is None else depth.factor for depth in depths[-2:])
         x = self.vit.norm(run_last_block(last, x, reduced, kernel, (rows, answered), factors))

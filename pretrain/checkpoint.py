@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pretrain import foreign
+from pretrain import foreign, hub
 from pretrain.architecture import differences, prefix_places
 from pretrain.backbone import Backbone
 from pretrain.positions import Kernel, fit_prefix, resize_positions, resizing
@@ -79,25 +80,32 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the state of `optimizer_tensors` back."""
+def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the state of `optimizer_tensors` back, to each optimiser that of its parameters."""
     parameters = dict(model.named_parameters())
-    optimizer.state.clear()
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for optimizer in optimizers:
+        optimizer.state.clear()
     for key, value in tensors.items():
         name, _, what = key.partition("//")
         parameter = parameters[name]
         # the step counter stays where torch keeps it: with fused AdamW beside the parameter
-        optimizer.state[parameter][what] = value.to(parameter.device).clone()
+        owner[parameter].state[parameter][what] = value.to(parameter.device).clone()
+
+
+Trained = tuple[nn.Module, Sequence[torch.optim.Optimizer]]  # a module with its optimisers
 
 
 def save_state(
-    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, samples: int, keep: int
+    folder: Path, modules: dict[str, nn.Module], trained: Trained, samples: int, keep: int, **facts: Any
 ) -> None:
-    """Save modules by name and the optimiser of modules["student"]; older states beyond `keep` go after that."""
+    """Save modules by name and the optimisers of one of them; older states beyond `keep` go after that."""
     tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    for key, value in optimizer_tensors(optimizer, modules["student"]).items():
-        tensors[f"optimizer.{key}"] = value
-    facts = {"format_version": FORMAT_VERSION, "samples": samples}
+    model, optimizers = trained
+    for optimizer in optimizers:
+        for key, value in optimizer_tensors(optimizer, model).items():
+            tensors[f"optimizer.{key}"] = value
+    facts = {**facts, "format_version": FORMAT_VERSION, "samples": samples}
     _commit(folder / f"samples-{samples:012d}", tensors, "tensors.safetensors", ("state.json", facts))
     _discard(states(folder)[:-keep])
 
@@ -108,22 +116,31 @@ def states(folder: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"samples-\d{12}", path.name))
 
 
-def read_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of what `save_state` wrote, by module, and its facts. UserError on a damaged state."""
+def facts_of(state: Path) -> dict[str, Any]:
+    """What `save_state` wrote beside the tensors. UserError on a damaged state, and on one of another format."""
     try:
         facts = json.loads((state / "state.json").read_text())
-        tensors = load_file(state / "tensors.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {state} is damaged ({error}); delete it to go on from the one before") from error
     if facts.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"checkpoint {state} has format {facts.get('format_version')}, this version reads {FORMAT_VERSION}"
         )
-    return tensors, facts
+    return facts
 
 
-def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Restore what `save_state` wrote; returns the samples consumed. UserError where it is damaged or does not fit."""
+def read_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of what `save_state` wrote, by module, and its facts. UserError on a damaged state."""
+    facts = facts_of(state)
+    try:
+        return load_file(state / "tensors.safetensors"), facts
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"checkpoint {state} is damaged ({error}); delete it to go on from the one before") from error
+
+
+def load_state(state: Path, modules: dict[str, nn.Module], trained: Trained) -> dict[str, Any]:
+    """Restore what `save_state` wrote; returns its facts, "samples" among them. UserError where it is damaged or does
+    not fit."""
     tensors, facts = read_state(state)
     for name, module in modules.items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
@@ -136,8 +153,8 @@ def load_state(state: Path, modules: dict[str, nn.Module], optimizer: torch.opti
                 f"and give --ckpt {state.parent.parent} to go on from its teacher"
             ) from error
     own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-    load_optimizer(optimizer, modules["student"], own)
-    return int(facts["samples"])
+    load_optimizers(trained[1], trained[0], own)
+    return facts
 
 
 def save_model(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -192,7 +209,8 @@ class Keeper:
         if last:
             save_teacher(self.out / "teacher", modules["teacher"].backbone, exported)
         if last or self._due(step, self.config.every_epochs):
-            save_state(self.out / "checkpoints", modules, optimizer, step * self.batch, self.config.keep)
+            trained = modules["student"], [optimizer]
+            save_state(self.out / "checkpoints", modules, trained, step * self.batch, self.config.keep)
 
 
 def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -201,6 +219,7 @@ def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple
     path: the folder of an exported model, the run folder around it, its weights file, or what foreign.py reads, which
     comes out as an exported teacher. likely: patch grid (rows, columns) that the recipe asks for.
     """
+    path = hub.local(str(path))
     if foreign.is_foreign(path):
         found = foreign.read(path, likely=likely)
         return found.tensors, found.config()

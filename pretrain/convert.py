@@ -66,7 +66,10 @@ def arguments() -> argparse.Namespace:
 def recipe(file: str, given: argparse.Namespace) -> str:
     """The recipe of a training file; it loads, or the error says which argument is to blame."""
     found = foreign.read(file, tuple(given.grid) if given.grid else None, heads=given.heads)
-    text = recipe_text(found.settings, checkpoint.patch_grid(found.arguments), Path(file).name, Path(file).stem)
+    names = Path(file).name, Path(file).stem
+    text = recipe_text(
+        found.settings, checkpoint.patch_grid(found.arguments), *names, found.arguments.get("reg_tokens", 0)
+    )
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / f"from_{Path(file).stem}.yaml"
         draft.write_text(text)

@@ -37,6 +37,7 @@ class Report:
     left_out: dict[str, str]  # key in the file -> why
     reshaped: dict[str, str] = field(default_factory=dict)  # timm's name -> from which grid to which, and how
     notes: tuple[str, ...] = ()
+    part: str = "of the backbone"  # what the taken tensors are
 
     def resized(self, old: Grid, new: Grid, kernel: str) -> "Report":
         """With position embeddings of another grid, if it is another one."""
@@ -56,7 +57,7 @@ class Report:
         return {why: reasons.count(why) for why in dict.fromkeys(reasons)}
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.style}", f"  taken      {len(self.taken)} tensors of the backbone"]
+        lines = [f"{self.source}: {self.style}", f"  taken      {len(self.taken)} tensors {self.part}"]
         for why, count in self._counts().items():
             keys = [key for key, reason in self.left_out.items() if reason == why]
             lines.append(f"  left out   {count:3d} ({', '.join(keys[:2])}{', ...' if count > 2 else ''}): {why}")
@@ -129,13 +130,13 @@ def read(
         arguments, normalize = _of_hub(hub, where)
         return _checked(file, found, arguments, normalize, where)
     grid_hint = grid_hint or _told_grid(settings(file.beside), found.backbone)
-    tensors, grid = _whole_positions(found, grid_hint, likely, where)
+    tensors, grid = whole_positions(found, grid_hint, likely, where)
     arguments = architecture.timm_arguments_of(tensors, grid, where, heads)
     found = found._replace(backbone=tensors)
     return _checked(file, found, arguments, found.style.normalize, where)
 
 
-def _whole_positions(
+def whole_positions(
     found: Sorted, hint: Grid | None, likely: Grid | None, where: str
 ) -> tuple[dict[str, Tensor], Grid]:
     """Tensors whose pos_embed has places for CLS and all registers, and the grid of the patches."""

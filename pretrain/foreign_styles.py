@@ -23,9 +23,11 @@ WRAPPERS = ("model", "state_dict", "module", "teacher", "target_encoder")
 PROJECTION = "projection head: only a pretraining can take it"
 CLASSIFIER = "classifier of another training"
 MASK = "mask embedding: only a pretraining can take it"
-PART = "part token of PASS: this backbone has none, so its features are not those of PASS"
 # whole keys of a backbone -> why they are left out
-ANYWHERE = {r"masked_embed|mask_token": MASK, r"part_token[123]|part[123]_pos": PART}
+ANYWHERE = {r"masked_embed|mask_token": MASK}
+# PASS has three part tokens between CLS and the patches: registers of timm, each with a position
+PARTS = tuple(f"part_token{n}" for n in (1, 2, 3))
+PART_POSITIONS = ("cls_pos", *(f"part{n}_pos" for n in (1, 2, 3)))
 
 
 class Style(NamedTuple):
@@ -168,19 +170,26 @@ def sort_keys(file: Unwrapped, state: Mapping[str, Tensor], where: str) -> Sorte
     if unknown:
         raise UserError(f"{where} ({style.name}): {listed(unknown)} unknown to this style, so the file is refused")
     places = 1 if f"{style.prefix}register_tokens" in keys else None
-    if PART in left_out.values():
-        _join_cls_position(backbone, origin, where)
-        places = 1
+    if not {*PARTS, *PART_POSITIONS}.isdisjoint(backbone):
+        _join_parts(backbone, origin, where)
+        places = len(PART_POSITIONS)
     return Sorted(style, backbone, origin, left_out, others, places)
 
 
-def _join_cls_position(backbone: dict[str, Tensor], origin: dict[str, str], where: str) -> None:
-    """PASS keeps the position of CLS beside those of the patches; timm has it in front of them. In place."""
-    cls, patches = backbone.pop("cls_pos", None), backbone.get("pos_embed")
-    if cls is None or patches is None or patches.ndim != 3 or cls.shape != (1, 1, patches.shape[2]):
-        raise UserError(f"{where} has part tokens of PASS but no fitting cls_pos and pos_embed; the file is refused")
-    backbone["pos_embed"] = torch.cat([cls, patches], dim=1)
-    origin["pos_embed"] += f" with {origin.pop('cls_pos')} in front"
+def _join_parts(backbone: dict[str, Tensor], origin: dict[str, str], where: str) -> None:
+    """PASS keeps every token and its position apart; timm has them in rows, the patches last. In place."""
+    patches = backbone.get("pos_embed")
+    single = None if patches is None or patches.ndim != 3 else (1, 1, patches.shape[2])
+    lacking = [key for key in (*PARTS, *PART_POSITIONS) if key not in backbone or backbone[key].shape != single]
+    if patches is None or lacking:
+        raise UserError(f"{where} has part tokens of PASS but no fitting {(lacking or ['pos_embed'])[0]}; the file is "
+                        "refused")  # fmt: skip
+    for name, parts, last in (("reg_token", PARTS, ()), ("pos_embed", PART_POSITIONS, ("pos_embed",))):
+        joined = [*parts, *last]
+        backbone[name] = torch.cat([backbone[key] for key in joined], dim=1)
+        origin[name] = ", ".join(origin[key] for key in joined)
+    for key in (*PARTS, *PART_POSITIONS):
+        del backbone[key], origin[key]
 
 
 def listed(names: list[str], shown: int = 5) -> str:

@@ -25,3 +25,9 @@ def start(precision: str, **settings: Any) -> Accelerator:
             f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {wanted} ...`"
         )
     return accelerator
+
+
+def end(accelerator: Accelerator) -> None:
+    """Leave the group of processes, also after an error: one that only dies may take the others down."""
+    accelerator.free_memory()  # a model wrapped for several processes must go before its group: torch may abort at exit
+    accelerator.end_training()

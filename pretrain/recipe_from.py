@@ -156,11 +156,13 @@ COMBINED = {
 }
 
 
-def recipe_text(settings: Mapping[str, Any], grid: tuple[int, int], source: str, name: str) -> str:
-    """The recipe. source: the file, for its header. name: of the recipe. UserError when there are no arguments."""
+def recipe_text(settings: Mapping[str, Any], grid: tuple[int, int], source: str, name: str, registers: int = 0) -> str:
+    """The recipe. source: the file, for its header. name: of the recipe. registers: of the backbone. UserError when
+    there are no arguments."""
     if not settings:
         raise UserError(f"{source} stores no arguments of its training (`args`); no recipe can be made from it")
     keys, homeless = keys_of(settings, grid)
+    keys |= {"backbone.registers": (registers, "the weights")} if registers else {}
     lines = [
         f"# Source: the arguments stored in {source}. Keys that it does not tell are comments: their defaults hold.",
         f"# Command: accelerate launch pretrain/run.py --recipe {name}.yaml --out runs/{name}",

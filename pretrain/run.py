@@ -38,16 +38,8 @@ from shards.order import Order, check_ranks
 from shards.reader import ShardReader
 
 # may differ when a run is continued: they do not change what it computes
-FREE_KEYS = (
-    "loader.workers",
-    "loader.prefetch",
-    "loader.max_bad",
-    "cache",
-    "log_every",
-    "health",
-    "planning",
-    "verdict",
-)
+FREE_KEYS = ("cache", "log_every", "health", "planning", "verdict")
+FREE_KEYS += ("loader.workers", "loader.prefetch", "loader.max_bad")
 
 
 def arguments() -> tuple[PretrainConfig, Path]:
@@ -90,7 +82,8 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     accelerator.init_trackers("tensorboard")
     plain = optim.build_optimizer(modules["student"], config.optim)
     states = checkpoint.states(out / "checkpoints")
-    first = checkpoint.load_state(states[-1], modules, plain) // batch_size if states else 0
+    trained = modules["student"], [plain]
+    first = checkpoint.load_state(states[-1], modules, trained)["samples"] // batch_size if states else 0
     folder.rewind(first - 1)
     # every step uses every parameter; torch's static graph does not go with the pause of its all-reduce in accumulation
     static = accumulation == 1
@@ -142,7 +135,7 @@ def main() -> None:
     try:
         train(config, out, accelerator, ShardReader(data.shards, data.splits, data.keep, config.cache))
     finally:
-        accelerator.end_training()  # leaves the process group too: one that only dies may take the others down
+        processes.end(accelerator)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pretrain import checkpoint, foreign
+from pretrain import checkpoint, foreign, hub
 from pretrain.backbone import Backbone
 from pretrain.foreign_styles import MASK, PROJECTION
 from recipes.errors import UserError
@@ -37,6 +37,7 @@ def start_from(ckpt: str, modules: dict[str, nn.Module]) -> str:
     """
     if ckpt == SCRATCH:
         return "random weights"
+    ckpt = hub.local(ckpt)
     if foreign.is_foreign(ckpt):
         return _start_from_foreign(ckpt, modules)
     states = checkpoint.states(Path(ckpt) / "checkpoints")

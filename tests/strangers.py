@@ -99,13 +99,16 @@ def training(grid=SQUARE, ibot: bool = True, wrap: str = "", args: Any = None, i
     return Stranger(content, own, set(put(f"{wrap}head.", heads)), "iBOT" if ibot else "DINO training file")
 
 
-def pass_backbone(grid=TALL) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """PASS's keys, what they are in timm, and those that stay behind."""
+def pass_backbone(grid=TALL) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """PASS's keys, and what they are in timm: the part tokens are registers, whose positions follow that of CLS."""
     own = backbone(grid)
-    parts = [f"part_token{n}" for n in (1, 2, 3)] + [f"part{n}_pos" for n in (1, 2, 3)]
-    theirs = own | drawn(dict.fromkeys(parts, (1, 1, DIM)), 3)
-    theirs |= {"cls_pos": own["pos_embed"][:, :1], "pos_embed": own["pos_embed"][:, 1:]}
-    return theirs, own, set(parts)
+    parts = drawn({f"part_token{n}": (1, 1, DIM) for n in (1, 2, 3)}, 3)
+    places = drawn({f"part{n}_pos": (1, 1, DIM) for n in (1, 2, 3)}, 13)
+    cls, patches = own["pos_embed"][:, :1], own["pos_embed"][:, 1:]
+    theirs = own | parts | places | {"cls_pos": cls, "pos_embed": patches}
+    own["reg_token"] = torch.cat([parts[f"part_token{n}"] for n in (1, 2, 3)], dim=1)
+    own["pos_embed"] = torch.cat([cls, *(places[f"part{n}_pos"] for n in (1, 2, 3)), patches], dim=1)
+    return theirs, own
 
 
 def chunked(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
@@ -122,7 +125,7 @@ def strangers() -> dict[str, Stranger]:
     """One of each kind."""
     square, tall, scaled = backbone(), backbone(TALL), backbone((16, 16), patch=14, scale=True)
     mask = drawn({"mask_token": (1, DIM)}, 4)
-    theirs, of_pass, parts = pass_backbone()
+    theirs, of_pass = pass_backbone()
     registers = drawn({"register_tokens": (1, 4, DIM)}, 9)
     # the gated MLP: two halves out of the first layer, one into the second
     gated = scaled | {name: t[:, : 2 * DIM].clone() for name, t in scaled.items() if name.endswith("fc2.weight")}
@@ -131,7 +134,7 @@ def strangers() -> dict[str, Stranger]:
     longer = torch.cat([places[:, :1], torch.zeros(1, 4, DIM), places[:, 1:]], dim=1)
     four = {f"head.{part}.weight": torch.zeros(2, 2) for part in ("mlp_cls.0", "mlp_pt1.0", "last_layer_pt3")}
     v2_heads = put("dino_head.", head(False)) | put("ibot_head.", head(False, 2))
-    neck = drawn(dict.fromkeys(("bottleneck.weight", "bottleneck.bias", "bottleneck.running_mean"), (DIM,)), 2)
+    neck = drawn({f"bottleneck.{part}": (DIM,) for part in ("weight", "bias", "running_mean", "running_var")}, 2)
     neck |= {"bottleneck.num_batches_tracked": torch.tensor(9), "classifier.weight": torch.zeros(751, DIM)}
     dead = {"base.fc.weight": torch.zeros(1000, DIM), "base.fc.bias": torch.zeros(1000)}
     classifier = {"head.weight": torch.zeros(10, DIM), "head.bias": torch.zeros(10)}
@@ -160,10 +163,10 @@ def strangers() -> dict[str, Stranger]:
         "TransReID-SSL": Stranger(tall, tall, set(), "bare"),
         "TransReID-SSL ICS": Stranger(ics := backbone(TALL, ics=True), ics, set(), "ICS"),
         "TransReID-SSL ICS training": training(TALL, ibot=False, wrap="module.", ics=True),
-        "PASS": Stranger(theirs, of_pass, parts, "PASS backbone"),
+        "PASS": Stranger(theirs, of_pass, set(), "PASS backbone"),
         "PASS training": Stranger(
             {"teacher": put("backbone.", theirs) | four, "student": {}, "epoch": 3},
-            *(of_pass, {*four, *put("backbone.", dict.fromkeys(parts))}, "PASS training file"),
+            *(of_pass, set(four), "PASS training file"),
         ),
         "MSN": Stranger({"target_encoder": put("module.", square | msn)}, square, {*put("module.", msn)}, "MSN"),
         "timm": Stranger(square | classifier, square, {*classifier}, "bare"),

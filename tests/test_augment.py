@@ -1,11 +1,14 @@
 """Views of fine-tuning: pixels against hand-made images, frequencies against the stated probabilities."""
 
 import pickle
+import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydantic import ValidationError
+from timm.data.random_erasing import RandomErasing
 
 from finetune.augment import Augment, AugmentConfig, erase_rectangle, shifted
 
@@ -132,6 +135,50 @@ def test_rectangles_have_the_stated_area_and_aspect():
     # on a square this large few draws fail: area uniform, log aspect uniform around 0 (deviation 0.7 / sqrt(4000))
     assert np.mean(areas) == pytest.approx((0.02 + 1 / 3) / 2, abs=0.012)
     assert abs(np.mean(ratios)) < 0.06
+
+
+def sizes_by_timm(size: tuple[int, int], draws: int) -> np.ndarray:
+    """Top, left, height and width of the rectangles that timm's RandomErasing erases, [draws, 4]."""
+    erasing, found = RandomErasing(probability=1.0, mode="const", device="cpu"), []
+    state = random.getstate()
+    random.seed(0)  # timm draws from Python's global generator
+    for _ in range(draws):
+        hole = (erasing(torch.ones(1, *size))[0] == 0).numpy()
+        rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+        found.append([rows[0], columns[0], len(rows), len(columns)] if len(rows) else [0, 0, 0, 0])
+    random.setstate(state)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("size", [(256, 128), (384, 128)])
+def test_rectangles_are_distributed_as_timms(size):
+    config, generator, draws = AugmentConfig(), rng(5), 1500
+    theirs, ours = sizes_by_timm(size, draws), np.zeros((draws, 4))
+    for place in range(draws):
+        found = erase_rectangle(*size, config.erase_area, config.erase_aspect, generator)
+        if found:
+            rows, columns = found
+            ours[place] = rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+    # Kolmogorov and Smirnov's statistic of two samples; above the limit with a probability of 1e-6
+    limit = np.sqrt(-np.log(1e-6 / 2) / 2) * np.sqrt(2 / draws)
+    for which, (one, two) in enumerate(zip(ours.T, theirs.T, strict=True)):
+        values = np.union1d(one, two)
+        shares = [np.searchsorted(np.sort(each), values, side="right") / draws for each in (one, two)]
+        assert abs(shares[0] - shares[1]).max() < limit, ("top", "left", "height", "width")[which]
+
+
+def test_a_taller_input_is_taller():
+    augment = Augment(AugmentConfig(height=384, width=128))
+    image = ramp(90, 40)
+    assert augment.train_view(image, rng()).shape == augment.test_view(image).shape == (3, 384, 128)
+
+
+def test_the_defaults_are_the_published_ones():
+    config = AugmentConfig()
+    assert (config.height, config.width, config.flip, config.pad, config.erase) == (256, 128, 0.5, 10, 0.5)
+    assert config.erase_area == (0.02, 1 / 3)
+    assert config.erase_aspect == pytest.approx((0.3, 1 / 0.3))
+    assert config.mean == config.std == (0.5, 0.5, 0.5)
 
 
 def test_no_rectangle_when_none_fits():

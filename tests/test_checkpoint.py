@@ -52,10 +52,14 @@ class Run:
         return {**own, **checkpoint.optimizer_tensors(self.optimizer, self.modules["student"])}
 
     def save(self, folder, samples: int, keep: int = 2) -> None:
-        checkpoint.save_state(folder, self.modules, self.optimizer, samples, keep)
+        checkpoint.save_state(folder, self.modules, self.trained, samples, keep)
+
+    @property
+    def trained(self) -> checkpoint.Trained:
+        return self.modules["student"], [self.optimizer]
 
     def load(self, state) -> int:
-        return checkpoint.load_state(state, self.modules, self.optimizer)
+        return checkpoint.load_state(state, self.modules, self.trained)["samples"]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from torch import nn
 
 from finetune import models
 from finetune.augment import AugmentConfig
+from finetune.backbones import BackboneConfig
 from pretrain import checkpoint, foreign
-from pretrain.backbone import Backbone, BackboneConfig
+from pretrain.backbone import Backbone
 from pretrain.centering import Centering, CenteringConfig
 from pretrain.config import PretrainConfig
 from pretrain.optim import OptimConfig, build_optimizer
@@ -40,7 +41,7 @@ def run(make_student, tmp_path):
         for tensor in [*modules["teacher"].parameters(), *centres.buffers()]:
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())))
     folder = tmp_path / "run"
-    checkpoint.save_state(folder / "checkpoints", modules, build_optimizer(student, OptimConfig()), 32, 1)
+    checkpoint.save_state(folder / "checkpoints", modules, (student, [build_optimizer(student, OptimConfig())]), 32, 1)
     facts = {"samples": 32, "epochs": 2.0, "seed": 0, "normalize": {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}}
     checkpoint.save_teacher(folder / "teacher", modules["teacher"].backbone, facts)
     (folder / "recipe.yaml").write_text("loader: {shards: [somewhere/secret/luperson, data/mine/]}\n")
@@ -260,7 +261,7 @@ def test_a_published_fine_tune_embeds_as_it_is(tmp_path):
     path = written(tmp_path, stranger.content)
     config = BackboneConfig(name="vit_tiny_patch16_224", embed_dim=strangers.DIM, depth=2, num_heads=1)
     model, augment = models.load_embedder(path, config, AugmentConfig(mean=(0.1, 0.1, 0.1)), seed=0)
-    assert augment.mean == [0.5, 0.5, 0.5]
+    assert augment.mean == (0.5, 0.5, 0.5)
     plain = timm.create_model(
         "vit_tiny_patch16_224", num_classes=0, img_size=(256, 128), embed_dim=strangers.DIM, depth=2, num_heads=1
     )

@@ -101,7 +101,7 @@ def test_half_precision_stores_the_same_rounded(alone, teacher, crops, tmp_path)
 def test_a_fine_tuned_model_gives_its_retrieval_feature(teacher, crops, tmp_path):
     backbone = load_backbone(teacher)[0]
     augment = AugmentConfig(height=48, width=16, pad=4)
-    method = build({"name": "bot"}, methods.Parts(backbone, 5, SamplingConfig(), 0))
+    method = build({"name": "bot"}, methods.Parts(backbone, 5, 0, SamplingConfig(), 0))
     models.save(tmp_path / "run" / "model", method, {"name": "bot"}, augment, {"classes": 5})
     assert small.run(command(tmp_path / "run", crops, tmp_path / "table")) == 0
     loaded = EmbeddingTable.load(tmp_path / "table")

@@ -59,18 +59,6 @@ def test_the_seed_decides_and_the_workers_do_not(more, once, people, teacher, tm
     assert same(tmp_path / "run", once) == (more != ["seed=1"])
 
 
-def test_an_interrupted_one_starts_over(once, people, teacher, tmp_path):
-    command = small.arguments(FINETUNE, tmp_path / "run", people, ckpt=teacher)
-    assert small.run(command) == 0
-    # as if it had been killed while training: some lines, no model, no results
-    lines = small.complete_lines(tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
-    (tmp_path / "run" / "results.json").unlink()
-    (tmp_path / "run" / "model" / "model.safetensors").unlink()
-    assert small.run(command) == 0
-    assert same(tmp_path / "run", once)
-
-
 def test_every_step_is_a_line(once):
     lines = small.metrics(once)
     assert [line["step"] for line in lines] == list(range(6)), "2 epochs of 3 batches of 4 x 4 of 60 images"
@@ -84,7 +72,7 @@ def test_every_step_is_a_line(once):
 def test_it_starts_from_the_teacher(people, teacher):
     config = load(FinetuneConfig, "finetune/figures.yaml", [f"benchmark.shards={people}", *small.FINETUNE])
     identities = select_identities(config.identities, ShardReader([people], "train").pids)
-    method, _ = build_method(config.model_copy(update={"ckpt": str(teacher)}), identities)
+    method, _ = build_method(config.model_copy(update={"ckpt": str(teacher)}), identities, 2)
     ours = method.backbone.vit.state_dict()
     theirs = load_file(teacher / "teacher" / "model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""Identity losses and the neck against numbers worked out by hand and against loops."""
+"""Identity losses against numbers worked out by hand and against loops."""
 
 import math
 
@@ -7,14 +7,25 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from finetune.id_losses import IdLosses, IdLossesConfig, batch_hard_triplet, pairwise_distances
-from finetune.necks import BNNeck, NecksConfig
+from finetune.id_losses import (
+    IdLosses,
+    IdLossesConfig,
+    batch_hard_triplet,
+    gathered,
+    pairwise_distances,
+    smoothed_cross_entropy,
+)
 
 # on a line: identity 0 at 0 and 3, identity 1 at 7 and 8.
 # anchor 0: farthest 3, nearest 7; 3: 3, 4; 7: 1, 4; 8: 1, 5
 LINE = torch.tensor([[0.0], [3.0], [7.0], [8.0]])
 LINE_LABELS = torch.tensor([0, 0, 1, 1])
 GAPS = [3 - 7, 3 - 4, 1 - 4, 1 - 5]
+
+
+def losses_of(config: IdLossesConfig) -> IdLosses:
+    """For features of length 1 and three identities."""
+    return IdLosses(config, 1, 3)
 
 
 def by_loops(features: np.ndarray, labels: np.ndarray, margin: float | None) -> float:
@@ -90,19 +101,47 @@ def test_distances_stay_in_float32_under_autocast():
         assert pairwise_distances(features)[0, 1].item() == pytest.approx(0.25, rel=1e-4)
 
 
-def test_cross_entropy_and_smoothing_by_hand():
-    # logits (ln 2, 0, 0): p = (1/2, 1/4, 1/4). Plain: ln 2. epsilon = 0.3 over C = 3: target weights 0.8, 0.1, 0.1
-    logits, labels = torch.tensor([[math.log(2), 0.0, 0.0]]), torch.tensor([0])
-    plain = IdLosses(IdLossesConfig(triplet_weight=0.0))(logits, torch.zeros(1, 2), labels)
-    assert plain.keys() == {"id"}
-    assert plain["id"].item() == pytest.approx(math.log(2), rel=1e-6)
-    smooth = IdLosses(IdLossesConfig(label_smoothing=0.3, id_weight=2.0))(logits, torch.zeros(1, 2), labels)
-    expected = 2.0 * (0.8 * math.log(2) + 0.2 * math.log(4))
-    assert smooth["id"].item() == pytest.approx(expected, rel=1e-6)
+# logits (ln 2, 0, 0): p = (1/2, 1/4, 1/4)
+LOGITS, LABEL = torch.tensor([[math.log(2), 0.0, 0.0]]), torch.tensor([0])
+
+
+def test_cross_entropy_by_hand():
+    losses = losses_of(IdLossesConfig(triplet_weight=0.0, id_weight=2.0))(LOGITS, torch.zeros(1, 1), LABEL)
+    assert losses.keys() == {"id"}
+    assert losses["id"].item() == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("over", "target"),
+    # epsilon = 0.3 over C = 3 classes: the label gets 1 - 0.3 + 0.1, or over the two others: it gets 1 - 0.3
+    [("all", 0.8), ("others", 0.7)],
+)
+def test_label_smoothing_by_hand(over, target):
+    config = IdLossesConfig(label_smoothing=0.3, smooth_over=over, triplet_weight=0.0)
+    found = losses_of(config)(LOGITS, torch.zeros(1, 1), LABEL)["id"]
+    assert found.item() == pytest.approx(target * math.log(2) + (1 - target) * math.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize("over", ["all", "others"])
+def test_label_smoothing_is_the_entropy_against_the_target(over):
+    rng = np.random.default_rng(0)
+    logits, labels, epsilon = rng.normal(size=(7, 5)), rng.integers(5, size=7), 0.1
+    rest = epsilon / 5 if over == "all" else epsilon / 4
+    target = np.full((7, 5), rest)
+    target[np.arange(7), labels] += 1 - epsilon if over == "all" else 1 - epsilon - rest
+    np.testing.assert_allclose(target.sum(axis=1), 1.0)
+    expected = -(target * (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))).sum(axis=1).mean()
+    found = smoothed_cross_entropy(torch.from_numpy(logits).float(), torch.from_numpy(labels), epsilon, over)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_smoothing_is_plain_in_both_forms():
+    for over in ("all", "others"):
+        assert smoothed_cross_entropy(LOGITS, LABEL, 0.0, over).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_weights_and_margin_reach_the_triplet():
-    losses = IdLosses(IdLossesConfig(id_weight=0.0, triplet_weight=3.0, margin=2.0))(None, LINE, LINE_LABELS)
+    losses = losses_of(IdLossesConfig(id_weight=0.0, triplet_weight=3.0, margin=2.0))(None, LINE, LINE_LABELS)
     assert losses.keys() == {"triplet"}
     assert losses["triplet"].item() == pytest.approx(3 / 4, rel=1e-6)
 
@@ -113,31 +152,38 @@ def test_config_ranges():
         IdLossesConfig(margin=-0.1)
     with pytest.raises(ValidationError):
         IdLossesConfig(label_smoothing=1.0)
+    with pytest.raises(ValidationError):
+        IdLossesConfig(mining="batch")
 
 
-def test_neck_starts_as_published():
-    torch.manual_seed(0)
-    neck = BNNeck(NecksConfig(), dim=64, classes=500)
-    assert {name for name, p in neck.named_parameters() if p.requires_grad} == {"norm.weight", "classifier.weight"}
-    assert (neck.norm.weight == 1).all()
-    assert (neck.norm.bias == 0).all()
-    # 32,000 draws: the sample deviation is within 0.4 % of sigma (1 sigma), so 2 % is safe
-    assert neck.classifier.weight.std().item() == pytest.approx(0.001, rel=0.02)
+def test_the_defaults_are_the_published_ones():
+    config = IdLossesConfig()
+    assert (config.id_weight, config.triplet_weight, config.centre_weight) == (1.0, 1.0, 0.0)
+    assert (config.margin, config.label_smoothing, config.mining) == (None, 0.0, "local")
+    assert not list(losses_of(config).state_dict()), "without centres nothing has to be saved"
 
 
-def test_neck_by_hand():
-    neck = BNNeck(NecksConfig(), dim=1, classes=2)
-    with torch.no_grad():
-        neck.classifier.weight.copy_(torch.tensor([[1.0], [-2.0]]))
-    # mean 3, biased deviation 1 -> normalised -1 and 1
-    logits = neck(torch.tensor([[2.0], [4.0]]))
-    np.testing.assert_allclose(logits.detach(), [[-1.0, 2.0], [1.0, -2.0]], atol=1e-4)
+def test_centres_move_once_a_step_by_all_images_since_the_last():
+    losses = IdLosses(IdLossesConfig(centre_weight=0.5, triplet_weight=0.0, id_weight=0.0), 1, 2)
+    losses.centres.centres.copy_(torch.tensor([[1.0], [10.0]]))
+    first = losses(None, LINE[:2], LINE_LABELS[:2])["centre"]
+    assert first.item() == pytest.approx(0.5 * ((0 - 1) ** 2 + (3 - 1) ** 2) / 2)
+    losses(None, LINE[2:], LINE_LABELS[2:])
+    assert losses.centres.centres.flatten().tolist() == [1.0, 10.0]
+    losses.end_step()
+    # each by a quarter of the sum of its distances: (0 - 1) + (3 - 1) and (7 - 10) + (8 - 10)
+    assert losses.centres.centres.flatten().tolist() == pytest.approx([1.25, 8.75])
+    losses.end_step()
+    assert losses.centres.centres.flatten().tolist() == pytest.approx([1.25, 8.75]), "nothing was seen since"
+    losses.eval()(None, LINE, LINE_LABELS)
+    losses.end_step()
+    assert losses.centres.centres.flatten().tolist() == pytest.approx([1.25, 8.75]), "an evaluation moves nothing"
 
 
-def test_neck_embeds_either_side():
-    features = torch.tensor([[3.0, 4.0]])
-    before, after = BNNeck(NecksConfig(), 2, 2).eval(), BNNeck(NecksConfig(feature="after"), 2, 2).eval()
-    for neck in (before, after):
-        neck.norm.running_mean.copy_(torch.tensor([3.0, 0.0]))
-    np.testing.assert_allclose(before.embed(features), [[0.6, 0.8]], atol=1e-6)
-    np.testing.assert_allclose(after.embed(features).detach(), [[0.0, 1.0]], atol=1e-6)
+def test_one_process_mines_globally_as_locally():
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4).repeat_interleave(2)
+    local, everywhere = (IdLossesConfig(id_weight=0.0, mining=mining) for mining in ("local", "global"))
+    found = [IdLosses(config, 3, 4)(None, features, labels)["triplet"] for config in (local, everywhere)]
+    assert torch.equal(*found)
+    assert torch.equal(gathered(features), features)

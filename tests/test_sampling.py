@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from finetune.sampling import epoch_batches, shard_batch
+from finetune.sampling import SamplingConfig, epoch_batches, shard_batch
 from recipes.errors import UserError
 
 
@@ -55,6 +55,36 @@ def test_stops_only_when_fewer_than_p_have_groups(seed):
     batches = epoch_batches(labels, 6, 4, seed, 0)
     used = Counter(labels[batches[:, ::4]].ravel().tolist())
     assert sum(used[label] < counts[label] // 4 for label in counts) < 6
+
+
+def batches_by_loops(counts: dict[int, int], people: int, images: int, rng: np.random.Generator) -> int:
+    """How many batches the published sampler gives, with lists and loops."""
+    groups = {label: max(count // images, 1) for label, count in counts.items()}
+    batches = 0
+    while len(groups) >= people:
+        for label in rng.choice(sorted(groups), people, replace=False).tolist():
+            groups[label] -= 1
+            if not groups[label]:
+                del groups[label]
+        batches += 1
+    return batches
+
+
+def test_as_many_batches_as_the_published_sampler_gives():
+    # uneven identities, so that the number depends on who is drawn when
+    counts = {label: 1 + 3 * label for label in range(30)}
+    labels, rng = labels_of(counts), np.random.default_rng(0)
+    ours = [len(epoch_batches(labels, 16, 4, 0, epoch)) for epoch in range(150)]
+    theirs = [batches_by_loops(counts, 16, 4, rng) for _ in range(150)]
+    assert np.std(theirs) > 0
+    # the difference of two means over 150 epochs; 5 deviations
+    deviation = np.sqrt((np.var(ours) + np.var(theirs)) / 150)
+    assert abs(np.mean(ours) - np.mean(theirs)) < 5 * deviation
+
+
+def test_the_defaults_are_the_published_ones():
+    config = SamplingConfig()
+    assert (config.identities_per_batch, config.images_per_identity) == (16, 4)
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():

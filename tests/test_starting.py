@@ -35,7 +35,8 @@ def source(make_student, tmp_path):
         for centre in modules["centres"].values():
             for buffer in centre.buffers():
                 buffer.add_(3)
-    save_state(tmp_path / "run" / "checkpoints", modules, build_optimizer(modules["student"], OptimConfig()), 32, 1)
+    trained = modules["student"], [build_optimizer(modules["student"], OptimConfig())]
+    save_state(tmp_path / "run" / "checkpoints", modules, trained, 32, 1)
     save_teacher(tmp_path / "run" / "teacher", modules["teacher"].backbone, {})
     return tmp_path / "run", modules
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune import strips
+from finetune.metrics import Protocol
 from finetune.strips import CAPTION, GAP, GREEN, GREY, LABEL, RED, draw_strips, ranked
 from recipes.errors import UserError
 from shards.embeddings import EmbeddingTable
@@ -57,6 +59,26 @@ def test_queries_without_match_or_identity():
     assert np.isnan(precision)
     unknown = table([1.0], [UNKNOWN], [UNKNOWN], "q")
     assert [hit.right for hit in ranked(unknown, GALLERY, 0, top=3)[0]] == [None, None, None]
+
+
+def test_images_of_one_camera_count_where_the_protocol_keeps_them():
+    keep = Protocol(same_camera="keep")
+    hits, precision = ranked(QUERY, GALLERY, 0, top=10, protocol=keep)
+    assert [hit.row for hit in hits] == [0, 1, 2, 3, 4, 6]  # only junk is left out
+    assert precision == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    itself, _ = ranked(GALLERY, GALLERY, 2, top=10, protocol=keep)
+    assert 2 not in [hit.row for hit in itself]
+
+
+def test_captions_tell_distance_place_and_camera(tmp_path, monkeypatch):
+    written = []
+    plain = strips._Sheet.tile
+    monkeypatch.setattr(strips._Sheet, "tile", lambda *given: (written.append(given[-1]), plain(*given)))
+    drawn(tmp_path, [("model", QUERY, GALLERY)], [0])
+    assert written == [
+        *(("query", "cam 0"), ("d 0.200", "1: cam 1"), ("d 0.300", "2: cam 1"), ("d 0.300", "3: cam 1")),
+        *(("d 0.400", "4: cam 2"), ("d 0.900", "5: cam 1")),
+    ]
 
 
 def tiles(picture: np.ndarray, places: int, line: int = 0) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune.backbones import TimmBackbone
 from finetune.identities import Identities
 from finetune.sampling import SamplingConfig, epoch_batches
 from pretrain.backbone import Backbone
@@ -19,14 +20,21 @@ class ImageBatch:
 
     images: Tensor  # float32 [B, 3, H, W], normalised
     labels: Tensor  # int64 [B], classes 0..C-1
-    drops: Tensor  # float32 [B, S] uniform draws for the backbone's stochastic depth
+    drops: Tensor  # float32 [B, S] uniform draws, S = Method.draws; they stay on the host
+    cameras: Tensor  # int64 [B], UNKNOWN where nobody knows
+
+    def to(self, device: torch.device) -> "ImageBatch":
+        """Everything but the draws, which the host reads."""
+        images, labels, cameras = (part.to(device) for part in (self.images, self.labels, self.cameras))
+        return ImageBatch(images, labels, self.drops, cameras)
 
 
 class Parts(NamedTuple):
     """What a method is built from."""
 
-    backbone: Backbone
+    backbone: Backbone | TimmBackbone
     classes: int  # C, training identities
+    cameras: int  # of the training images, 0..cameras-1; 0: not known
     sampling: SamplingConfig
     seed: int
 
@@ -38,6 +46,11 @@ class Method(nn.Module, abc.ABC):
         super().__init__()
         self.backbone = parts.backbone
         self.sampling, self.seed = parts.sampling, parts.seed
+
+    @property
+    def draws(self) -> int:
+        """Uniform draws that an image needs for stochastic depth."""
+        return len(self.backbone.drops)
 
     def epoch(self, number: int, identities: Identities) -> np.ndarray:
         """The global batches of this epoch: int64 [batches, B], positions in identities.rows. P x K by default."""
@@ -52,8 +65,9 @@ class Method(nn.Module, abc.ABC):
         """After the optimiser step: momentum encoder, queue, memory."""
 
     @abc.abstractmethod
-    def embed(self, images: Tensor) -> Tensor:
-        """L2-normalised retrieval features [B, F] of images [B, 3, H, W]; called in eval mode."""
+    def embed(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
+        """L2-normalised retrieval features [B, F] of images [B, 3, H, W]; called in eval mode. cameras: int64 [B],
+        UNKNOWN or None where nobody knows; most methods do not look at them."""
 
     def optimisers(self) -> list[nn.Module]:
         """The modules that get an optimiser each; one for all by default."""
@@ -61,12 +75,12 @@ class Method(nn.Module, abc.ABC):
 
 
 class Direct(nn.Module):
-    """A backbone as it is, without fine-tuning: the L2-normalised CLS token."""
+    """A backbone as it is, without fine-tuning: the L2-normalised CLS token, or timm's pooled feature."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone | TimmBackbone):
         super().__init__()
         self.backbone = backbone
 
-    def embed(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, D]."""
-        return torch.nn.functional.normalize(self.backbone(images).cls.float(), dim=-1)
+    def embed(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
+        """images [B, 3, H, W] -> [B, D]; cameras are not looked at."""
+        return torch.nn.functional.normalize(self.backbone(images, patches="none").cls.float(), dim=-1)

@@ -1,0 +1,34 @@
+"""The threshold for "same person", kept in the config.json of a model beside its weights."""
+
+import json
+from pathlib import Path
+
+from finetune.verification import Calibration
+from pretrain.checkpoint import CONFIG, WEIGHTS
+from recipes.errors import UserError
+from recipes.record import write_json
+
+KEY = "calibration"
+
+
+def own_folder(ckpt: str) -> Path:
+    """The folder of the exported model that `--ckpt` names; UserError where it is none of ours, which have one."""
+    path = Path(ckpt)
+    folder = path.parent if path.is_file() and path.name == WEIGHTS else path
+    for candidate in (folder, folder / "model", folder / "teacher"):
+        if (candidate / WEIGHTS).is_file() and (candidate / CONFIG).is_file():
+            if "kind" in json.loads((candidate / CONFIG).read_text(encoding="utf-8")):
+                return candidate
+            break
+    raise UserError(
+        f"--ckpt {ckpt} is no exported model of this project, so a calibration cannot be stored in it; "
+        "`python pretrain/convert.py` makes one of a file of others"
+    )
+
+
+def store(ckpt: str, calibration: Calibration) -> Path:
+    """Write the calibration into the model's config.json, replacing an earlier one; returns the model's folder."""
+    folder = own_folder(ckpt)
+    tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, {**tree, KEY: calibration.model_dump()})
+    return folder

@@ -1,0 +1,142 @@
+"""A fine-tune that was killed goes on, and ends to the last bit as one that nobody disturbed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from safetensors.torch import load_file
+
+from finetune import resume
+from finetune.resume import Position, ResumeConfig
+from pretrain import checkpoint
+
+PATIENCE_S = 60
+# 8 epochs of 3 batches; stochastic depth, so that the random numbers of every step count
+LONG = ["optim.epochs=8", "resume.every_epochs=2", "backbone.drop_path=0.3", "optim.kind=adamw"]
+RESNET = [
+    "backbone.embed_dim=null",
+    "backbone.depth=null",
+    "backbone.num_heads=null",
+    "optim.kind=sgd",
+    "optim.lr=0.01",
+]
+# running statistics and torch's own random numbers
+RESNET += ["optim.lr=0.01", "backbone.name=resnet10t", "backbone.drop_path=0.2", "backbone.last_stride=1"]
+VALIDATED = ["validation.identities=4", "validation.every_epochs=1"]
+
+
+def command(out: Path, people: Path, *more: str) -> list[str]:
+    """From random weights."""
+    return small.arguments("finetune/run.py", out, people, *LONG, *more, ckpt="none")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """12 identities x 5 images to train on, 12 others to search."""
+    return small.drawn(tmp_path_factory.getbasetemp(), small.LABELLED)
+
+
+def assert_same_run(out: Path, other: Path) -> None:
+    """Every line, the state, the model and the numbers agree to the last bit."""
+    assert small.metrics(out) == small.metrics(other)
+    states = [checkpoint.states(run / "checkpoints")[-1].name for run in (out, other)]
+    assert states[0] == states[1]
+    for file in (Path("checkpoints", states[0], "tensors.safetensors"), Path("model/model.safetensors")):
+        ours, theirs = load_file(out / file), load_file(other / file)
+        assert ours.keys() == theirs.keys()
+        assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    scores = [small.json_of(run / "results.json")["average_precision"] for run in (out, other)]
+    assert scores[0] == scores[1]
+
+
+def interrupted(line: list[str], monkeypatch, states: int) -> None:
+    """Run in this process until so many states are saved, then stop it as a signal would."""
+    saved, original = [], checkpoint.save_state
+
+    def stopping(*arguments, **facts) -> None:
+        original(*arguments, **facts)
+        saved.append(arguments)
+        if len(saved) == states:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_state", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            small.run(line)
+
+
+@pytest.mark.parametrize("more", [[], RESNET, VALIDATED], ids=["vit", "resnet", "validation"])
+def test_stopped_twice(more, people, tmp_path, monkeypatch, capsys):
+    assert small.run(command(tmp_path / "whole", people, *more)) == 0
+    line = command(tmp_path / "run", people, *more)
+    interrupted(line, monkeypatch, 1)
+    interrupted(line, monkeypatch, 2)
+    assert [state.name for state in checkpoint.states(tmp_path / "run" / "checkpoints")] != []
+    assert small.run(line) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    if more == VALIDATED:
+        curves = [small.json_of(tmp_path / name / "validation.json") for name in ("run", "whole")]
+        assert curves[0] == curves[1]
+        assert [row["epoch"] for row in curves[0]["epochs"]] == list(range(1, 9))
+
+
+def test_killed_in_the_middle_of_an_epoch(people, tmp_path):
+    assert small.run(command(tmp_path / "whole", people)) == 0
+    line = command(tmp_path / "run", people)
+    process = small.start(line)
+    try:
+        for _ in range(int(PATIENCE_S / 0.005)):
+            assert process.poll() is None, process.communicate()
+            # a state of two epochs, and a step of the third, is there
+            if checkpoint.states(tmp_path / "run" / "checkpoints") and len(small.complete_lines(tmp_path / "run")) > 6:
+                break
+            time.sleep(0.005)
+        else:
+            pytest.fail(f"no step beyond a state within {PATIENCE_S} s")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert small.run(line) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert small.run(line) == 0, "a finished run trains nothing and evaluates again"
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_states_come_when_they_are_due_and_after_the_last_epoch(tmp_path):
+    weights = torch.nn.Linear(2, 2)
+    optimisers = [torch.optim.SGD(weights.parameters(), lr=0.1, momentum=0.9)]
+    weights(torch.ones(1, 2)).sum().backward()
+    optimisers[0].step()
+    config, due = ResumeConfig(every_epochs=3, keep=2), []
+    for epoch in range(1, 9):
+        position = Position(epoch, 10 * epoch, 640 * epoch)
+        resume.save(tmp_path, config, position, 8, weights, optimisers)
+        due += [epoch] if resume.restore(tmp_path, weights, optimisers) == position else []
+    assert due == [3, 6, 8]
+    assert len(checkpoint.states(tmp_path / "checkpoints")) == 2
+
+
+def test_several_optimisers_get_their_own_state_back(tmp_path):
+    """As mutual learning has them: one network and one optimiser each."""
+    pair = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2), "two": torch.nn.Linear(2, 2)})
+
+    def made() -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9) for part in pair.values()]
+
+    optimisers = made()
+    for factor, (part, optimiser) in enumerate(zip(pair.values(), optimisers, strict=True), start=1):
+        (factor * part(torch.ones(1, 2)).sum()).backward()
+        optimiser.step()
+    resume.save(tmp_path, ResumeConfig(), Position(5, 1, 1), 5, pair, optimisers)
+    fresh = made()
+    assert resume.restore(tmp_path, pair, fresh) == Position(5, 1, 1)
+    for own, other, part in zip(optimisers, fresh, pair.values(), strict=True):
+        assert set(other.state) == set(part.parameters())
+        for parameter in part.parameters():
+            assert torch.equal(own.state[parameter]["momentum_buffer"], other.state[parameter]["momentum_buffer"])
