@@ -216,11 +216,9 @@ class Extractor:
         return tokens.reshape(len(tokens), rows, columns, tokens.shape[2])
 
     def _patches(self, images: Tensor) -> np.ndarray:
-        """Patch tokens float32 [B, N, D] of the backbone; with a camera embedding, those of an unknown camera."""
-        sie = getattr(self.model, "sie", None)
-        added = None if sie is None else sie(None, len(images))
+        """Patch tokens float32 [B, N, D] of the backbone; with a camera embedding, as of an unknown camera."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            return self.model.backbone(images.to(self.device), added=added, patches="all").patches.float().cpu().numpy()
+            return self.model.tokens(images.to(self.device)).patches.float().cpu().numpy()
 
 
 def _listed(images: Iterable[Picture] | Picture) -> list[Picture]:

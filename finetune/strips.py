@@ -194,6 +194,7 @@ def draw_strips(
         for label, query, gallery in panels:
             hits, precision = ranked(query, gallery, row, top, protocol)
             mark = "no match in the gallery" if np.isnan(precision) else f"AP {precision:.3f}"
+            mark = mark if query.pids[row] > 0 else ""  # a search of one's own gallery knows no right answers
             sheet.label(line, f"{label}   query {query.keys[row]}   {mark}")
             captions = ("query", _camera(int(query.camids[row])))
             sheet.tile(line, 0, _picture(query_reader, query, row, tile), None, captions)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finetune.backbones import TimmBackbone
 from finetune.identities import Identities
 from finetune.sampling import SamplingConfig, epoch_batches
-from pretrain.backbone import Backbone
+from pretrain.backbone import Backbone, Tokens
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Method(nn.Module, abc.ABC):
         """L2-normalised retrieval features [B, F] of images [B, 3, H, W]; called in eval mode. cameras: int64 [B],
         UNKNOWN or None where nobody knows; most methods do not look at them."""
 
+    def tokens(self, images: Tensor, cameras: Tensor | None = None) -> Tokens:
+        """What the backbone sees in images [B, 3, H, W], patch by patch; called in eval mode."""
+        return self.backbone(images)
+
     def optimisers(self) -> list[nn.Module]:
         """The modules that get an optimiser each; one for all by default."""
         return [self]
@@ -84,3 +88,7 @@ class Direct(nn.Module):
     def embed(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
         """images [B, 3, H, W] -> [B, D]; cameras are not looked at."""
         return torch.nn.functional.normalize(self.backbone(images, patches="none").cls.float(), dim=-1)
+
+    def tokens(self, images: Tensor, cameras: Tensor | None = None) -> Tokens:
+        """All tokens of images [B, 3, H, W]."""
+        return self.backbone(images)

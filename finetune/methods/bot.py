@@ -83,6 +83,9 @@ class BagOfTricks(Method):
         return {name: share * loss + (1 - share) * means[name] if name in means else loss
                 for name, loss in losses.items()}  # fmt: skip
 
+    def tokens(self, images: Tensor, cameras: Tensor | None = None) -> Tokens:
+        return self.backbone(images, added=None if self.sie is None else self.sie(cameras, len(images)))
+
     def end_step(self) -> None:
         self.losses.end_step()
 
