@@ -24,12 +24,12 @@ def rearranged(patches: Tensor, shift: int, groups: int) -> Tensor:
     """Patches [B, N, D] in the order in which the slices are cut.
 
     The first shift - 1 patches move to the end (the published shift counts the CLS token), then the sequence is cut
-    into `groups` equal parts and read across them; the last patch stands in where N is no multiple.
+    into `groups` equal parts and read across them; where N is no multiple the last but one is repeated, as published.
     """
     moved = torch.cat([patches[:, shift - 1 :], patches[:, : shift - 1]], dim=1)
     lacking = -moved.shape[1] % groups
     if lacking:
-        moved = torch.cat([moved, moved[:, -1:].expand(-1, lacking, -1)], dim=1)
+        moved = torch.cat([moved, moved[:, -2:-1].expand(-1, lacking, -1)], dim=1)
     return moved.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 

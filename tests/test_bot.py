@@ -72,8 +72,8 @@ def test_the_order_of_the_slices_by_hand():
     # the first four go to the end: 4 5 6 7 0 1 2 3; two groups read across: 4 0 5 1 6 2 7 3
     assert jpm.rearranged(patches, shift=5, groups=2).flatten().tolist() == [4, 0, 5, 1, 6, 2, 7, 3]
     assert jpm.rearranged(patches, shift=1, groups=1).flatten().tolist() == list(range(8))
-    # seven: the last one stands in for the eighth: 4 5 6 0 | 1 2 3 3
-    assert jpm.rearranged(patches[:, :7], shift=5, groups=2).flatten().tolist() == [4, 1, 5, 2, 6, 3, 0, 3]
+    # seven: the last but one stands in for the eighth, as published: 4 5 6 0 | 1 2 3 2
+    assert jpm.rearranged(patches[:, :7], shift=5, groups=2).flatten().tolist() == [4, 1, 5, 2, 6, 3, 0, 2]
 
 
 def test_jigsaw_losses_are_halves_and_features_are_scaled():

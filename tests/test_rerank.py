@@ -79,6 +79,7 @@ def test_small_blocks_change_nothing(monkeypatch):
     whole, again = jaccard(features, SEARCH).toarray(), Reranked(features[:20], features[20:], SEARCH)
     scores = again.scores(slice(0, 20))
     monkeypatch.setattr(rerank, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(rerank, "TILE", 17)
     np.testing.assert_allclose(jaccard(features, SEARCH).toarray(), whole, atol=1e-7)
     np.testing.assert_allclose(Reranked(features[:20], features[20:], SEARCH).scores(slice(0, 20)), scores, atol=1e-6)
 
