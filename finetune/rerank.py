@@ -8,10 +8,10 @@ The same neighbourhoods are the distance that Cluster Contrast and its like clus
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from scipy.sparse import csr_matrix
 
@@ -20,7 +20,9 @@ from recipes.load import Section
 from recipes.progress import Meter
 
 BLOCK_BYTES = 64 << 20  # memory for a block of distances, of gathered features or of overlaps
-TILE = 2048  # rows that are compared with as many others at once
+SUM_BYTES = 4 << 20  # memory for the overlaps of a few queries: added up in no order, so they must stay in the cache
+PAIR_BYTES = 40  # that a pair with a common neighbour needs while overlaps are added up
+TILE = 2000  # rows that are compared with as many others at once
 UNIT = 1e-3  # how far the length of a feature may be from 1
 
 
@@ -54,48 +56,95 @@ def blocks(rows: int, bytes_a_row: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-class Neighbourhoods(NamedTuple):
-    """What all pairs are looked at for."""
+def cut(costs: np.ndarray, most: int) -> Iterator[slice]:
+    """Slices of consecutive rows whose costs, int [N], add up to at most `most`; a dearer row stands alone."""
+    ends, start = np.cumsum(costs, dtype=np.int64), 0
+    while start < len(costs):
+        spent = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, spent + most, side="right")))
+        yield slice(start, stop)
+        start = stop
 
-    rows: np.ndarray  # int64 [N, k]: the nearest rows of each row, itself always among them, nearest first
-    largest: np.ndarray  # float32 [N]: the largest squared distance of each row
+
+class Neighbourhoods:
+    """The nearest rows of each row and the largest distance, kept while pairs pass by."""
+
+    def __init__(self, count: int, k: int):
+        self.cosines = np.full((count, k), -np.inf, np.float32)  # in no order until `nearest`
+        self.rows = np.zeros((count, k), np.int32)
+        self.limit = np.full(count, -np.inf, np.float32)  # the smallest of the row's cosines: what a pair must beat
+        self.least = np.full(count, np.inf, np.float32)  # the smallest cosine of all that passed by
+
+    def look(self, part: slice, others: slice, cosines: np.ndarray) -> None:
+        """Pairs that were not seen before: rows of `part` against rows of `others`, float32 [B, C].
+
+        Always the same parts; the first pairs of a part must be k or more. Writes to the rows of `part` only.
+        """
+        self.least[part] = np.minimum(self.least[part], cosines.min(axis=1))
+        k = self.rows.shape[1]
+        if self.limit[part.start] == -np.inf:  # the first pairs of these rows
+            places = np.argpartition(cosines, -k, axis=1)[:, -k:]
+            self.rows[part] = places + others.start
+            self.cosines[part] = np.take_along_axis(cosines, places, axis=1)
+            self.limit[part] = self.cosines[part].min(axis=1)
+            return
+        # few pairs are nearer than what is there, so that nothing else of the tile needs an order
+        rows, places = np.divmod(np.flatnonzero(cosines > self.limit[part, None]), cosines.shape[1])
+        counts = np.bincount(rows, minlength=len(cosines))
+        better = np.flatnonzero(counts)
+        if not len(better):
+            return
+        counts = counts[better]
+        at = np.repeat(np.arange(len(better)), counts)
+        slots = k + np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        known = np.full((len(better), k + counts.max()), -np.inf, np.float32)
+        names = np.zeros(known.shape, np.int32)
+        known[:, :k], names[:, :k] = self.cosines[part][better], self.rows[part][better]
+        known[at, slots], names[at, slots] = cosines[rows, places], places + others.start
+        keep = np.argpartition(known, -k, axis=1)[:, -k:]
+        self.cosines[part.start + better] = np.take_along_axis(known, keep, axis=1)
+        self.rows[part.start + better] = np.take_along_axis(names, keep, axis=1)
+        self.limit[part.start + better] = self.cosines[part.start + better].min(axis=1)
+
+    def nearest(self) -> np.ndarray:
+        """int32 [N, k]: the nearest rows of each row, itself always among them, nearest first."""
+        found = np.take_along_axis(self.rows, np.argsort(-self.cosines, axis=1, kind="stable"), axis=1)
+        # an image with as many equal ones may be crowded out of its own list
+        without = np.flatnonzero((found != np.arange(len(found))[:, None]).all(axis=1))
+        found[without, 1:] = found[without, :-1]
+        found[without, 0] = without
+        return found
 
 
-def neighbourhoods(features: np.ndarray, count: int) -> Neighbourhoods:
-    """The `count` nearest rows of each row, and how far the farthest is. features: float32 [N, D] of length 1.
+def neighbourhoods(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest rows of each row, int32 [N, count], see `nearest`, and its largest squared distance, float32 [N].
 
-    Every pair is multiplied once, for both of its rows, tile by tile: half the work of searching every row by FAISS,
-    which does not tell the largest distance either (measured at the size of Market-1501: 1.6 s in place of 2.9 s).
+    features: float32 [N, D] of length 1. Every pair is multiplied once, for both of its rows, tile by tile: half the
+    work of searching every row by FAISS, which does not tell the largest distance either.
     """
     if count > len(features):
-        raise UserError(f"rerank.k1 asks for {count} neighbours of {len(features)} images; set rerank.k1 lower")
-    table = torch.from_numpy(features)
-    best = torch.full((len(table), count), -torch.inf)
-    rows, least = torch.zeros((len(table), count), dtype=torch.int64), torch.full((len(table),), torch.inf)
-
-    def look(part: slice, others: slice, cosines: torch.Tensor) -> None:
-        """Rows of `part` against rows of `others`: [B, C]."""
-        least[part] = torch.minimum(least[part], cosines.amin(dim=1))
-        values, places = cosines.topk(min(count, cosines.shape[1]), dim=1)
-        known = torch.cat([rows[part], places + others.start], dim=1)
-        best[part], order = torch.cat([best[part], values], dim=1).topk(count, dim=1)
-        rows[part] = known.gather(1, order)
-
-    tiles = [slice(start, min(start + TILE, len(table))) for start in range(0, len(table), TILE)]
-    with Meter(len(tiles) * (len(tiles) + 1) // 2, "neighbours", "tiles") as meter:
+        raise UserError(
+            f"re-ranking asks for {count} neighbours of {len(features)} images; set rerank.k1 and rerank.k2 lower"
+        )
+    found, size = Neighbourhoods(len(features), count), max(TILE, count)
+    held = np.empty((2, min(size, len(features)) ** 2), np.float32)
+    tiles = [slice(start, min(start + size, len(features))) for start in range(0, len(features), size)]
+    whole = len(tiles) * (len(tiles) + 1) // 2
+    with Meter(whole, "neighbours", "tiles") as meter, ThreadPoolExecutor(1) as pool:
         for place, part in enumerate(tiles):
             for others in tiles[place:]:
-                cosines = table[part] @ table[others].T
-                look(part, others, cosines)
+                shape = part.stop - part.start, others.stop - others.start
+                # memory of its own for each tile would have to be zeroed by the system each time
+                cosines = held[0, : shape[0] * shape[1]].reshape(shape)
+                np.matmul(features[part], features[others].T, out=cosines)
+                there = pool.submit(found.look, part, others, cosines)
                 if others != part:
-                    look(others, part, cosines.T.contiguous())
+                    turned = held[1, : cosines.size].reshape(shape[::-1])
+                    np.copyto(turned, cosines.T)
+                    found.look(others, part, turned)
+                there.result()
                 meter.advance()
-    found = rows.numpy()
-    # an image with as many equal ones may be crowded out of its own list
-    without = np.flatnonzero((found != np.arange(len(found))[:, None]).all(axis=1))
-    found[without, 1:] = found[without, :-1]
-    found[without, 0] = without
-    return Neighbourhoods(found, np.maximum(2 - 2 * least.numpy(), np.finfo(np.float32).tiny))
+    return found.nearest(), np.maximum(2 - 2 * found.least, np.finfo(np.float32).tiny)
 
 
 def _mutual(rows: np.ndarray) -> csr_matrix:
@@ -157,22 +206,30 @@ def weights(features: np.ndarray, config: RerankConfig) -> tuple[csr_matrix, np.
     return (csr_matrix((share, near.ravel(), pointers), shape=found.shape) @ found).tocsr(), largest
 
 
-def _similarities(rows: csr_matrix, columns: csr_matrix) -> csr_matrix:
-    """1 - Jaccard distance of images to all others, eq. 10 of the paper: float32 sparse [B, N].
+class Overlaps:
+    """Which images weigh the same neighbours, and how much: eq. 10 of the paper."""
 
-    rows: weights of the images [B, N]. columns: weights of the others, transposed: row c are those with neighbour c.
-    Rows of weights sum to 1, so the sum of the larger weights is 2 minus the sum of the smaller ones.
-    """
-    starts, counts = columns.indptr[rows.indices], np.diff(columns.indptr)[rows.indices]
-    ends = np.cumsum(counts, dtype=np.int64)
-    places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
-    owners = np.repeat(np.repeat(np.arange(rows.shape[0], dtype=np.int32), np.diff(rows.indptr)), counts)
-    smaller = np.minimum(np.repeat(rows.data, counts), columns.data[places])
-    # adds up what falls together
-    found = csr_matrix((smaller, (owners, columns.indices[places])), shape=(rows.shape[0], columns.shape[1]))
-    found.data = np.minimum(found.data, 1)
-    found.data /= 2 - found.data
-    return found
+    def __init__(self, rows: csr_matrix, others: csr_matrix):
+        """rows, others: weights of images over the same N neighbours, float32 sparse [M, N] and [K, N]."""
+        self.rows = rows
+        self.columns = others.T.tocsr()  # row c: those that have neighbour c
+        self.holders = np.diff(self.columns.indptr)
+        # a popular neighbour makes many pairs: memory is bounded by what each row will cost, not by a number of rows
+        self.costs = np.add.reduceat(self.holders[rows.indices], rows.indptr[:-1], dtype=np.int64)
+
+    def pairs(self, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All (row of the part, other, the smaller weight on a neighbour of both), int64, int32 and float32 [P].
+
+        They stand once for each neighbour that both have: what falls together is to be added up. Rows of weights sum to
+        1, so the larger weights sum to 2 minus that.
+        """
+        inside = slice(self.rows.indptr[part.start], self.rows.indptr[part.stop])
+        neighbours, data = self.rows.indices[inside], self.rows.data[inside]
+        starts, counts = self.columns.indptr[neighbours], self.holders[neighbours]
+        ends = np.cumsum(counts, dtype=np.int64)
+        places = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+        owners = np.repeat(np.arange(part.stop - part.start), self.costs[part])
+        return owners, self.columns.indices[places], np.minimum(np.repeat(data, counts), self.columns.data[places])
 
 
 class Reranked:
@@ -184,10 +241,13 @@ class Reranked:
         self.query, self.gallery, self.lam = _unit("query", query), _unit("gallery", gallery), config.lam
         features = np.concatenate([self.query, self.gallery])
         found, self.largest = weights(features, config)
-        self.mine, self.others = found[: len(query)], found[len(query) :].T.tocsr()
+        self.overlaps = Overlaps(found[: len(query)], found[len(query) :])
 
     def scores(self, part: slice) -> np.ndarray:
-        """The final distance of queries to the gallery, eq. 12 of the paper, negative: float32 [B, N]."""
+        """The final distance of queries to the gallery, eq. 12 of the paper, negative: float32 [B, N].
+
+        part: rows of the query, start and stop given.
+        """
         # lam (2 - 2 cos) / largest + 1 - lam, negative; the share of the neighbours comes on top
         factor = np.full(len(self.query), 2 * self.lam, np.float32)
         if self.largest is not None:
@@ -195,8 +255,12 @@ class Reranked:
         factor = factor[part, None]
         scores = (self.query[part] * factor) @ self.gallery.T
         scores -= factor + np.float32(1 - self.lam)
-        near = _similarities(self.mine[part], self.others)
-        scores[np.repeat(np.arange(len(scores)), np.diff(near.indptr)), near.indices] += (1 - self.lam) * near.data
+        width = scores.shape[1]
+        for rows in cut(8 * width + PAIR_BYTES * self.overlaps.costs[part], SUM_BYTES):
+            owners, others, smaller = self.overlaps.pairs(slice(part.start + rows.start, part.start + rows.stop))
+            block, at = scores[rows].reshape(-1), owners * width + others  # the block is a view
+            shared = np.bincount(at, smaller, len(block))[at]
+            block[at] += (1 - self.lam) * (shared / (2 - shared))  # reads before it writes: a pair is added once
         return scores
 
 
@@ -207,12 +271,16 @@ def jaccard(features: np.ndarray, config: RerankConfig) -> csr_matrix:
     """
     features = _unit("image", features)
     found, _ = weights(features, config)
-    columns, rows, count = found.T.tocsr(), [], len(features)
-    lengths = np.diff(columns.indptr)
+    overlaps, rows, count = Overlaps(found, found), [], len(features)
     with Meter(count, "overlaps") as meter:
-        for part in blocks(count, 24 * int((lengths.astype(np.int64) ** 2).sum() // max(1, count))):
-            rows.append(_similarities(found[part], columns))
-            meter.advance(part.stop - part.start)
+        for part in cut(PAIR_BYTES * overlaps.costs, BLOCK_BYTES):
+            size = part.stop - part.start
+            owners, others, smaller = overlaps.pairs(part)
+            near = csr_matrix((smaller, (owners, others)), shape=(size, count))  # adds up what falls together
+            near.data = np.minimum(near.data, 1)
+            near.data /= 2 - near.data
+            rows.append(near)
+            meter.advance(size)
     indices, data = (np.concatenate([getattr(row, name) for row in rows]) for name in ("indices", "data"))
     pointers = np.append(0, np.cumsum(np.concatenate([np.diff(row.indptr) for row in rows])))
     return csr_matrix((data, indices, pointers), shape=(count, count))

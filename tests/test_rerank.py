@@ -1,5 +1,7 @@
 """k-reciprocal re-ranking equals its definition, written with loops and sets over dense matrices."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -61,14 +63,16 @@ def dense_overlaps(features: np.ndarray, config: RerankConfig) -> tuple[np.ndarr
     k2=st.integers(1, 6),
     lam=st.sampled_from([0.0, 0.3, 1.0]),
     variant=st.sampled_from(["search", "clustering"]),
+    tile=st.sampled_from([1, 16, 64]),
 )
-def test_it_is_the_dense_definition(seed, count, k1, k2, lam, variant):
+def test_it_is_the_dense_definition(seed, count, k1, k2, lam, variant, tile):
     config = RerankConfig(k1=k1, k2=min(k2, k1), lam=lam, variant=variant)
     features, queries = unit(seed, count), count // 3
     distances, overlaps = dense_overlaps(features, config)
-    np.testing.assert_allclose(jaccard(features, config).toarray(), overlaps, atol=1e-5)
     final = (1 - lam) * (1 - overlaps) + lam * distances
-    found = Reranked(features[:queries], features[queries:], config)
+    with mock.patch.object(rerank, "TILE", tile):
+        np.testing.assert_allclose(jaccard(features, config).toarray(), overlaps, atol=1e-5)
+        found = Reranked(features[:queries], features[queries:], config)
     scores = np.concatenate([found.scores(slice(0, 5)), found.scores(slice(5, queries))])
     assert scores.dtype == np.float32
     np.testing.assert_allclose(-scores, final[:queries, queries:], atol=1e-5)
@@ -80,8 +84,33 @@ def test_small_blocks_change_nothing(monkeypatch):
     scores = again.scores(slice(0, 20))
     monkeypatch.setattr(rerank, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(rerank, "TILE", 17)
+    monkeypatch.setattr(rerank, "SUM_BYTES", 3000)
     np.testing.assert_allclose(jaccard(features, SEARCH).toarray(), whole, atol=1e-7)
     np.testing.assert_allclose(Reranked(features[:20], features[20:], SEARCH).scores(slice(0, 20)), scores, atol=1e-6)
+
+
+def test_nearest_rows_and_largest_distances_are_those_of_the_whole_matrix(monkeypatch):
+    monkeypatch.setattr(rerank, "TILE", 20)
+    features = unit(2, 130)
+    rows, largest = rerank.neighbourhoods(features, 17)
+    distances = 2 - 2 * features @ features.T
+    assert rows.tolist() == np.argsort(distances, axis=1)[:, :17].tolist()
+    np.testing.assert_allclose(largest, distances.max(axis=1), atol=1e-6)
+
+
+def test_a_popular_neighbour_costs_no_memory(monkeypatch):
+    """All have image 0 among their nearest: pairs in one piece would be the square of the images."""
+    rng = np.random.default_rng(0)
+    features = np.concatenate([np.eye(1, 32), 0.7 * np.eye(1, 32) + 0.2 * rng.standard_normal((600, 32))])
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    found = Reranked(features[:300], features[300:], RerankConfig(k1=20, k2=6))
+    whole, sizes, pairs = found.scores(slice(0, 300)), [], rerank.Overlaps.pairs
+    monkeypatch.setattr(rerank, "SUM_BYTES", 100_000)
+    monkeypatch.setattr(rerank.Overlaps, "pairs", lambda self, part: sizes.append(pairs(self, part)) or sizes[-1])
+    np.testing.assert_allclose(found.scores(slice(0, 300)), whole, atol=1e-6)
+    dearest = found.overlaps.costs.max()
+    assert found.overlaps.costs.sum() > 20 * dearest
+    assert max(len(owners) for owners, *_ in sizes) <= max(dearest, 100_000 // rerank.PAIR_BYTES)
 
 
 def test_mutual_neighbours_by_hand():
@@ -123,7 +152,7 @@ def test_equal_images_in_a_row():
 @pytest.mark.parametrize(
     ("query", "gallery", "k1", "told"),
     [
-        (unit(0, 3), unit(1, 4), 7, "8 neighbours of 7 images; set rerank.k1 lower"),
+        (unit(0, 3), unit(1, 4), 7, "8 neighbours of 7 images; set rerank.k1 and rerank.k2 lower"),
         (2 * unit(0, 3), unit(1, 9), 2, "query row 0 has length 2"),
         (unit(0, 3), np.full((9, 8), np.nan, np.float32), 2, "gallery row 0 has length nan"),
     ],
