@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pairs
+from pairs.children import memory_mb
 
 from finetune.rerank import RerankConfig, Reranked
 
@@ -88,8 +89,7 @@ class Resident:
 
     def _watch(self) -> None:
         while not self.done.wait(0.02):
-            with open("/proc/self/statm") as file:
-                self.most = max(self.most, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            self.most = max(self.most, memory_mb("VmRSS"))
 
 
 def main() -> None:

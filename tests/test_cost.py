@@ -199,7 +199,9 @@ for _ in range(2):
 sizes = t.cost.sizes(student.backbone, t.ViewsConfig(), t.MasksConfig(), True, t.CPU)
 counts = tuple(sum(p.numel() for p in part.parameters()) for part in (student, parts.teacher))
 told = sum(t.cost.step_memory(sizes, t.HEAD, counts, batch.size, half=True, gpu=False).values())
-print(told, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+# not ru_maxrss, which begins with what the parent had
+peak = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())["VmHWM"]
+print(told, int(peak.split()[0]) * 1024 - before)
 """
 
 

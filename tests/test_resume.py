@@ -117,7 +117,7 @@ def test_the_teacher_is_on_disk_before_the_last_state(tmp_path, monkeypatch):
     teacher.backbone = Backbone({"model_name": "vit_tiny_patch16_224", "num_classes": 0, **sizes})
     config = CheckpointConfig(every_epochs=1, teacher_every_epochs=1)
     with pytest.raises(KeyboardInterrupt):
-        Keeper(tmp_path, config, 2, 2.0, 8).after(2, {"teacher": teacher}, None, {})
+        Keeper(tmp_path, config, 2, 2.0, 8).after(2, {"teacher": teacher, "student": teacher}, None, {})
     assert (tmp_path / "teacher" / "model.safetensors").is_file()
     assert (tmp_path / "teachers" / "epoch-0001.00" / "model.safetensors").is_file()
 

@@ -3,19 +3,19 @@
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pairs.children import memory_mb
 from recipes.record import environment
 
 
 def peak_mb() -> float:
     """Largest resident memory of this process so far, MiB; over 500 of it are the imports of torch."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return memory_mb("VmHWM")
 
 
 class Seconds(NamedTuple):
