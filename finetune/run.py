@@ -108,7 +108,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator) -> None:
     reader, protocol = ShardReader([config.benchmark.shards], "train"), config.benchmark.protocol
     split = hold_out(config.validation, reader.pids, reader.camids, protocol)
     identities = select_identities(config.identities, split.training_pids(reader.pids))
-    cameras = int(reader.camids[identities.rows].max()) + 1
+    cameras = max(0, int(reader.camids[identities.rows].max()) + 1)  # 0: nobody knows
     method, start = build_method(config, identities, cameras)
     batch, per_identity = method.epoch(0, identities)[0], config.sampling.images_per_identity
     shard_batch(batch, acc.process_index, acc.num_processes, per_identity)  # refuses what cannot be shared
