@@ -104,7 +104,7 @@ def print_tables(found: Sequence[Query], gallery: Gallery) -> None:
         for place, one in enumerate(told, start=1):
             cells = [str(place), f"{one['score']:.3f}"]
             if gallery.calibration is not None:
-                cells.append(f"{'yes' if one['same'] else 'no'}, p = {one['probability']:.2f}")
+                cells.append("yes" if one["same"] else "no")
             cells += ["?" if one[column] is None else str(one[column]) for column, there in shown.items() if there]
             table.add_row(*cells, one["image"])
         console.print(table, markup=False) if answers else console.print(f"query {name}: nothing found")
@@ -115,8 +115,7 @@ def print_tables(found: Sequence[Query], gallery: Gallery) -> None:
         known = gallery.calibration
         console.print(
             f"same person: cosine of at least {known.threshold:.3f}; on {known.title} that accepted {known.tar:.1%} of "
-            f"the pairs of one person and {known.far:.2%} of the others. p: probability, if {known.prior:.0%} of the "
-            "pairs are of one person"
+            f"the pairs of one person and {known.far:.2%} of the others"
         )
 
 
