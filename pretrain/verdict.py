@@ -17,15 +17,11 @@ from pydantic import Field
 
 from pretrain import checkpoint
 from pretrain.agreement import VIEWS, Agreement, Images, Probe, choose_images, measure
-from pretrain.backbone import Backbone, BackboneConfig, timm_arguments
-from pretrain.centering import CenteringConfig
-from pretrain.heads import HeadsConfig
+from pretrain.backbone import Backbone, timm_arguments
 from pretrain.loader import LoaderConfig
-from pretrain.losses import LossesConfig
+from pretrain.modules import Recipe as NetworkRecipe
 from pretrain.modules import build_modules
-from pretrain.photometric import PhotometricConfig
 from pretrain.starting import SCRATCH, start_from
-from pretrain.views import ViewsConfig
 from recipes.errors import UserError
 from recipes.load import Section
 from recipes.progress import Meter
@@ -48,19 +44,12 @@ class VerdictConfig(Section):
     least_rank: float = Field(2.0, ge=1)  # effective rank, below it: collapse; also after a start from random weights
 
 
-class Recipe(Protocol):
-    """The sections of a pretraining's recipe that are needed to tell where it started and what it saw."""
+class Recipe(NetworkRecipe, Protocol):
+    """Beside the networks: where a pretraining started and what it saw."""
 
     ckpt: str
-    seed: int
     loader: LoaderConfig
     cache: CacheConfig
-    views: ViewsConfig
-    photometric: PhotometricConfig
-    backbone: BackboneConfig
-    heads: HeadsConfig
-    centering: CenteringConfig
-    losses: LossesConfig
     verdict: VerdictConfig
 
 
