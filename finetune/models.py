@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
@@ -22,6 +23,7 @@ from pretrain.foreign_styles import bare_keys, unwrap
 from recipes.errors import UserError
 
 SCRATCH = "none"  # `--ckpt none`: random weights
+SIZE = (256, 128)  # height, width of the images of a model of timm that is no ViT, which takes any
 
 
 def start_backbone(
@@ -134,8 +136,14 @@ def load_known(
     found = fine_tuned(ckpt, choices)
     if found is not None:
         return *_load_method(ckpt, *found), found[1]
-    backbone, stored = load_backbone(ckpt)
-    height, width = stored["timm"]["img_size"]
+    name = ckpt.removeprefix(TIMM).partition(".")[0]
+    if ckpt.startswith(TIMM) and timm.is_model(name) and not backbones.is_vit(name):
+        height, width = SIZE
+        wanted = backbones.arguments_of(BackboneConfig(name=name), SIZE)
+        backbone, stored = backbones.load(ckpt, wanted, 0.0)
+    else:
+        backbone, stored = load_backbone(ckpt)
+        height, width = stored["timm"]["img_size"]
     return Direct(backbone), AugmentConfig(height=height, width=width, pad=0, **stored.get("normalize", {})), stored
 
 

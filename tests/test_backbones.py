@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from finetune import backbones
+from finetune import backbones, models
 from finetune.backbones import BackboneConfig, TimmBackbone
 from finetune.methods.base import Direct
 from pretrain.backbone import Backbone
@@ -94,3 +94,41 @@ def test_keys_that_do_not_fit_are_named(given, told):
 def test_a_model_without_stochastic_depth_is_told():
     with pytest.raises(UserError, match="drop_path=0"):
         backbones.build({"model_name": "vgg11", "num_classes": 0}, drop_path=0.1)
+
+
+@pytest.fixture
+def pretrained(monkeypatch):
+    """timm's pretrained weights of one model, as if they had been fetched; of any other there is no connection."""
+    made = timm.create_model("resnet10t", num_classes=0)
+    create = timm.create_model
+
+    def fetched(name, pretrained=False, **given):
+        if pretrained and name == "resnet10t.c3_in1k":
+            return made
+        if pretrained:
+            raise OSError("no connection")
+        return create(name, pretrained=False, **given)
+
+    monkeypatch.setattr(timm, "create_model", fetched)
+    return made
+
+
+def test_pretrained_weights_of_timm(pretrained):
+    start, stored = models.start_backbone(
+        "timm:resnet10t.c3_in1k", BackboneConfig(name="resnet10t", last_stride=1, drop_path=0.0), SIZE, 0
+    )
+    assert stored["normalize"]["mean"] == list(pretrained.pretrained_cfg["mean"])
+    theirs = pretrained.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in start.model.state_dict().items())
+    model, augment = models.load_stored("timm:resnet10t.c3_in1k")
+    assert (augment.height, augment.width, augment.mean) == (256, 128, pretrained.pretrained_cfg["mean"])
+    images = torch.randn(2, 3, *SIZE)
+    expected = torch.nn.functional.normalize(pretrained.eval()(images), dim=1)
+    torch.testing.assert_close(model.eval().embed(images), expected)
+
+
+def test_weights_that_cannot_be_had_or_do_not_fit(pretrained):
+    with pytest.raises(UserError, match=r"timm:resnet18.a1_in1k: timm cannot give these weights \(no connection\)"):
+        models.load_stored("timm:resnet18.a1_in1k")
+    with pytest.raises(UserError, match=r"does not fit backbone\.name = 'resnet18'"):
+        models.start_backbone("timm:resnet10t.c3_in1k", BackboneConfig(name="resnet18", drop_path=0.0), SIZE, 0)
