@@ -89,10 +89,10 @@ def _same_or_not(told: Mapping[str, Any]) -> list[str]:
     facts = []
     found, calibration = told["verification"], told["calibration"]
     if found:
-        tar = ", ".join(f"{percent(point and point['tar'])} at FAR {far}" for far, point in found["tar"].items())
-        facts.append(f"* same person or not, over all pairs: TAR {tar}; equal error rate {percent(found['eer'])}")
+        tar = ", ".join(f"{percent(point and point['tar'])} % at FAR {far}" for far, point in found["tar"].items())
+        facts.append(f"* same person or not, over all pairs: TAR {tar}; equal error rate {percent(found['eer'])} %")
         one = found["open_set"]
-        dir_ = ", ".join(f"{percent(point and point['dir'])} at FAR {far}" for far, point in one["dir"].items())
+        dir_ = ", ".join(f"{percent(point and point['dir'])} % at FAR {far}" for far, point in one["dir"].items())
         facts.append(
             f"* open set, {one['unknown_queries']:,} queries without and {one['known_queries']:,} with their person in "
             f"the gallery: DIR {dir_}"
@@ -100,7 +100,7 @@ def _same_or_not(told: Mapping[str, Any]) -> list[str]:
     if calibration:
         facts.append(
             f"* threshold for `same person`: cosine {calibration['threshold']:.5f}; it accepts "
-            f"{percent(calibration['tar'])} of the pairs of one person, {percent(calibration['far'], 3)} of the others"
+            f"{percent(calibration['tar'])} % of the pairs of one person, {percent(calibration['far'], 3)} % of the others"
         )
     return facts + [f"* not measured: {reason}" for reason in told["not_measured"]]
 

@@ -53,9 +53,9 @@ def test_with_every_number_stand_data_version_split_and_protocol():
         "query: 1,200 images of 10 identities, 2 cameras; gallery: 1,200 images (3 distractors among them) of 10",
         "the rules; 8 queries count, 2 have no match",
         "`runs/market`; features 384-dimensional",
-        "TAR 90.0 at FAR 0.1, – at FAR 0.0001; equal error rate 12.3",
-        "4 queries without and 6 with their person in the gallery: DIR 42.0 at FAR 0.1, – at FAR 0.01",
-        "cosine 0.73120; it accepts 81.2 of the pairs of one person, 0.099 of the others",
+        "TAR 90.0 % at FAR 0.1, – % at FAR 0.0001; equal error rate 12.3 %",
+        "4 queries without and 6 with their person in the gallery: DIR 42.0 % at FAR 0.1, – % at FAR 0.01",
+        "cosine 0.73120; it accepts 81.2 % of the pairs of one person, 0.099 % of the others",
     ):
         assert told in text
     assert "flip" not in text
