@@ -100,7 +100,8 @@ def _same_or_not(told: Mapping[str, Any]) -> list[str]:
     if calibration:
         facts.append(
             f"* threshold for `same person`: cosine {calibration['threshold']:.5f}; it accepts "
-            f"{percent(calibration['tar'])} % of the pairs of one person, {percent(calibration['far'], 3)} % of the others"
+            f"{percent(calibration['tar'])} % of the pairs of one person, "
+            f"{percent(calibration['far'], 3)} % of the others"
         )
     return facts + [f"* not measured: {reason}" for reason in told["not_measured"]]
 
