@@ -21,8 +21,9 @@ from typing import get_args
 
 import torch
 
-from finetune import foreign_reid, hub_folder, models, onnx_export
-from finetune.foreign_draft import Choices
+from finetune import hub_folder, models, onnx_export
+from finetune.foreign import reid as foreign_reid
+from finetune.foreign.draft import Choices
 from finetune.necks import NecksConfig
 from finetune.plain_forward import Input
 from pretrain import hub

@@ -8,9 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from finetune import backbones, foreign_reid
+from finetune import backbones
 from finetune.augment import AugmentConfig
 from finetune.backbones import BackboneConfig, TimmBackbone
+from finetune.foreign import reid as foreign_reid
 from finetune.methods import build
 from finetune.methods.base import Direct, Method, Parts
 from finetune.sampling import SamplingConfig

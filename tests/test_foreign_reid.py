@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from strangers import DEPTH, DIM, TALL, backbone, put, written
 from strangers_reid import CLASSES, SWIN, norm, resnet
 
-from finetune import foreign_reid, foreign_swin, models
+from finetune import models
 from finetune.augment import AugmentConfig
 from finetune.backbones import BackboneConfig
-from finetune.foreign_draft import Choices
+from finetune.foreign import reid as foreign_reid
+from finetune.foreign import swin as foreign_swin
+from finetune.foreign.draft import Choices
 from pretrain.checkpoint import load_backbone
 from recipes.errors import UserError
 

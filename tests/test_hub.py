@@ -8,7 +8,8 @@ import pytest
 import strangers_reid
 from strangers import written
 
-from finetune import foreign_reid, models
+from finetune import models
+from finetune.foreign import reid as foreign_reid
 from pretrain import hub
 from pretrain.checkpoint import save_model
 from recipes.errors import UserError

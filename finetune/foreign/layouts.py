@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune import foreign_resnet, foreign_swin
-from finetune.foreign_draft import NECK, Draft, Made
+from finetune.foreign import resnet, swin
+from finetune.foreign.draft import NECK, Draft, Made
 from pretrain import architecture, foreign
 from pretrain.foreign_styles import CLASSIFIER, HALVES, IMAGENET, Unwrapped, sort_keys
 from recipes.errors import UserError
@@ -107,16 +107,16 @@ def _branches(draft: Draft) -> None:
 def solider(draft: Draft) -> Made:
     """A Swin Transformer under `base.`: SOLIDER-REID."""
     weight, size = draft.choices.semantic_weight, draft.choices.size or (384, 128)
-    weight = foreign_swin.SEMANTIC_WEIGHT if weight is None else weight
+    weight = swin.SEMANTIC_WEIGHT if weight is None else weight
     base = {key.removeprefix("base."): value for key, value in draft.keys.items() if key.startswith("base.")}
-    tensors, origin, left_out = foreign_swin.by_timms_names(base, weight, draft.where)
+    tensors, origin, left_out = swin.by_timms_names(base, weight, draft.where)
     for name, value in tensors.items():
         draft.take(f"backbone.model.{name}", *(f"base.{key}" for key in origin[name]), value=value)
     draft.left_out |= {f"base.{key}": why for key, why in left_out.items()}
     draft.move("bottleneck.", "neck.norm.")
     draft.move("classifier.", "neck.classifier.")
     draft.notes.append(f"at the semantic weight {weight:g}")
-    return Made("SOLIDER", foreign_swin.arguments_of(tensors, size, draft.where), size, HALVES, "before")
+    return Made("SOLIDER", swin.arguments_of(tensors, size, draft.where), size, HALVES, "before")
 
 
 def strong_baseline(draft: Draft) -> Made:
@@ -177,4 +177,4 @@ def _resnet(draft: Draft, last_stride: int, **details: Any) -> dict[str, Any]:
     prefix, stride = "backbone.model.", draft.choices.last_stride or last_stride
     own = {name.removeprefix(prefix): value for name, value in draft.taken.items() if name.startswith(prefix)}
     draft.notes.append(f"last stride {stride}, which no file tells")
-    return foreign_resnet.arguments_of(own, draft.where, last_stride=stride, **details)
+    return resnet.arguments_of(own, draft.where, last_stride=stride, **details)

@@ -1,7 +1,7 @@
 """Models that other projects fine-tuned for re-identification, as `bot` models of ours.
 
 Every key of a file is taken or left out for a stated reason; the rest is an error, here or where the weights meet the
-model. docs/checkpoints.md lists the projects (foreign_layouts.py), and what their files do not tell (`Choices`).
+model. docs/checkpoints.md lists the projects (layouts.py), and what their files do not tell (`Choices`).
 """
 
 from dataclasses import replace
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from finetune.augment import AugmentConfig
-from finetune.foreign_draft import Choices, Draft, Made
-from finetune.foreign_layouts import layout_of
+from finetune.foreign.draft import Choices, Draft, Made
+from finetune.foreign.layouts import layout_of
 from finetune.necks import GEM_POWER
 from pretrain import untrusted
 from pretrain.foreign import SUFFIXES, Report

@@ -1,0 +1,1 @@
+"""Models that other projects fine-tuned for person re-identification."""
