@@ -43,6 +43,11 @@ class AugmentConfig(Section):
             raise ValueError(f"std must be > 0, not {self.std}")
         return self
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input, pixels."""
+        return self.height, self.width
+
 
 def shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
     """The image [H, W, 3] moved by (down, right) pixels, either sign, black where it came from.

@@ -13,6 +13,7 @@ from finetune.rerank import RerankConfig
 from finetune.resume import ResumeConfig
 from finetune.sampling import SamplingConfig
 from finetune.validation import ValidationConfig
+from pretrain.ranks import RanksConfig
 from recipes.load import Section
 
 
@@ -32,4 +33,5 @@ class FinetuneConfig(Section):
     optim: OptimConfig = OptimConfig()
     validation: ValidationConfig = ValidationConfig()
     resume: ResumeConfig = ResumeConfig()
+    ranks: RanksConfig = RanksConfig()
     rerank: RerankConfig = RerankConfig()

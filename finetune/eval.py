@@ -115,7 +115,7 @@ def watch(given: argparse.Namespace, config: FinetuneConfig, accelerator: Accele
     finetune = short_finetune(given, config, out) if given.finetune_epochs else None
     facts = {"data": data, **config.benchmark.model_dump(include={"protocol", "flip"}), "precision": config.precision}
     if not stored_size(given):
-        facts["input"] = [config.augment.height, config.augment.width]
+        facts["input"] = list(config.augment.size)
 
     def score(teacher: Path) -> Retrieval:
         embed = embedder(str(teacher), config, stored_size(given), accelerator)

@@ -98,7 +98,7 @@ def main() -> None:
     model, augment, stored = models.load_known(given.ckpt, choices)
     model.eval()
     with torch.no_grad():
-        dim = model.embed(torch.zeros(1, 3, augment.height, augment.width)).shape[1]
+        dim = model.embed(torch.zeros(1, 3, *augment.size)).shape[1]
     print(f"  model      {stored['timm']['model_name']}: {augment.height} x {augment.width} pixels -> {dim} numbers")
     if given.to != "onnx" and stored.get("kind") != "reid":
         raise UserError(f"{given.ckpt} was not fine-tuned; --to {given.to} of a teacher: pretrain/convert.py --help")

@@ -101,7 +101,7 @@ class Extractor:
         self.half = precision == "bf16"
         self.model, augment, stored = models.load_known(self.ckpt)
         self.model.eval().to(self.device)
-        self.augment, self.size = Augment(augment), (augment.height, augment.width)
+        self.augment, self.size = Augment(augment), augment.size
         # what a feature depends on beside the weights
         self.input = {name: getattr(augment, name) for name in ("height", "width", "mean", "std")} | {"flip": flip}
         calibration = stored.get(stored_calibration.KEY)

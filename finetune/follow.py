@@ -13,12 +13,10 @@ Killed at any moment, the same command goes on: what is in OUT/scores is not sco
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import sleep
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ from finetune.curve import TUNED, best_of, deciding, publish
 from finetune.metrics import Retrieval
 from finetune.short_finetune import SETTINGS, ShortFinetune, digest
 from pretrain.checkpoint import CONFIG, WEIGHTS
+from recipes import locks
 from recipes.errors import UserError
 from recipes.record import RECIPE, write_json
 
@@ -62,25 +61,6 @@ def snapshots(run: Path) -> list[Snapshot]:
                 ) from error
             found.setdefault(one.samples, one)
     return [found[samples] for samples in sorted(found)]
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Nobody else follows into this folder meanwhile; UserError if somebody does."""
-    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"{out} is in use by another --follow, or by a fine-tune that a killed one left; wait for it, stop it, or "
-            "choose another --out"
-        ) from error
-    os.set_inheritable(descriptor, True)  # a fine-tune that outlives this process holds the lock, see short_finetune.py
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class Scores:
@@ -265,7 +245,10 @@ def follow(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; results go into a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    busy = f"{out} is in use by another --follow, or by a fine-tune that a killed one left"
+    way_out = "wait for it, stop it, or choose another --out"
+    # inherited: a fine-tune that outlives this process holds the lock, see short_finetune.py
+    with locks.holding(out / LOCK, busy, way_out, inherited=True):
         follower, waiting, told = Follower(run, score, out, finetune, facts or {}), False, {}
         while True:
             ended = once or (run / "teacher" / WEIGHTS).is_file()  # before the look: nothing comes after the last one

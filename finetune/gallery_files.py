@@ -9,9 +9,9 @@ at any moment, meets the old gallery or the new one.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from finetune.vector_index import VectorIndex
-from recipes.errors import UserError
+from recipes import locks
+from recipes.errors import UserError, disk_sentence
 from recipes.record import write_json
 from shards.embeddings import Keys, read_array, read_facts, write_array
 
@@ -66,20 +67,34 @@ class Columns:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Nobody else changes the gallery meanwhile; UserError if somebody does."""
+    """Nobody else changes the gallery meanwhile; UserError if somebody does, or the disk does not take it.
+
+    Where the change fails, nothing stays of it: on a full disk that is the room that is missing.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        with locks.holding(folder / LOCK, f"another process is changing the gallery {folder}", "wait for it"):
+            try:
+                yield
+            except Exception:  # what an interruption leaves goes with the next change, as after a kill
+                _tidy(folder)
+                raise
     except OSError as error:
-        raise UserError(f"gallery {folder} cannot be written: {error.strerror or error}") from error
+        told = disk_sentence(error) or error
+        raise UserError(f"gallery {folder} cannot be written, what was there before is as it was: {told}") from error
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the generations that do not count."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is changing the gallery {folder}; wait for it") from error
-        yield
-    finally:
-        os.close(descriptor)
+        counts = generation(folder, read_gallery(folder)["generation"])
+    except UserError as error:
+        if (folder / FACTS).exists():  # damaged: which one counts is not known
+            print(f"warning: {error}", file=sys.stderr)
+            return
+        counts = None
+    for path in folder.glob("generation-*"):
+        if path != counts:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def mapped(path: Path, rows: int, dim: int) -> np.ndarray:
@@ -139,11 +154,13 @@ def commit(folder: Path, facts: dict[str, Any], columns: Columns, index: VectorI
             (draft / VECTORS).unlink(missing_ok=True)
         for path in (*draft.iterdir(), draft):
             handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         write_json(folder / FACTS, {"format_version": FORMAT_VERSION, "facts": facts})
-    except (OSError, RuntimeError) as error:  # faiss raises the latter, on a full disk for example
-        raise UserError(f"gallery {folder} cannot be written: {error}") from error
+    except RuntimeError as error:  # of faiss, on a full disk for example
+        raise UserError(f"gallery {folder} cannot be written, what was there before is as it was: {error}") from error
     for old in folder.glob("generation-*"):
         if old != draft:
             shutil.rmtree(old, ignore_errors=True)

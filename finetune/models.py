@@ -118,7 +118,7 @@ def load_embedder(
     found = fine_tuned(ckpt)
     if found is not None:
         return _load_method(ckpt, *found)
-    backbone, stored = start_backbone(ckpt, config, (augment.height, augment.width), seed)
+    backbone, stored = start_backbone(ckpt, config, augment.size, seed)
     return Direct(backbone), augment.model_copy(update=stored.get("normalize", {}))
 
 

@@ -86,7 +86,7 @@ def write(
 
 def _traced(plain: PlainEmbedder, augment: AugmentConfig, path: Path) -> None:
     """The file of torch's exporter, with the number of images left open."""
-    example = torch.zeros(2, 3, augment.height, augment.width)
+    example = torch.zeros(2, 3, *augment.size)
     batch = {"images": {0: torch.export.Dim("batch", min=1)}}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it talks to its developers
         warnings.simplefilter("ignore")
@@ -107,7 +107,7 @@ def _traced(plain: PlainEmbedder, augment: AugmentConfig, path: Path) -> None:
 def views(augment: AugmentConfig, count: int, kind: str) -> Tensor:
     """Images in 0..255, float32 [count, 3, H, W]: "random" pixels, or "drawn" people resized as a test view is."""
     if kind == "random":
-        shape = count, 3, augment.height, augment.width
+        shape = count, 3, *augment.size
         return torch.from_numpy(np.random.default_rng(count).integers(0, 256, shape).astype(np.float32))
     plain = Augment(augment.model_copy(update={"mean": (0.0,) * 3, "std": (1.0,) * 3}))
     config = figures.Config(role="unlabeled", identities=count)

@@ -5,8 +5,8 @@
     python finetune/run.py --ckpt runs/pretrain --recipe recipes/finetune/bot_market1501.yaml --out runs/market \\
         benchmark.shards=data/market1501
 
---ckpt takes a run folder, its `teacher` folder, or what docs/checkpoints.md lists. The same command goes on after a
-kill. Writes OUT/model and its evaluation (docs/finetuning.md, docs/evaluation.md): table.md, results.json, strips.png.
+--ckpt takes a run folder, its `teacher`, or what docs/checkpoints.md lists. The same command goes on after a kill.
+Writes OUT/model and its evaluation (docs/finetuning.md, docs/evaluation.md): table.md, results.json, strips.png.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from finetune.methods.base import Method, Parts
 from finetune.sampling import shard_batch
 from finetune.validation import Validation, hold_out
 from pretrain import processes
+from pretrain.ranks import EVALUATION, Ranks
 from recipes.errors import plain_errors
 from recipes.load import load, recipe_path
 from recipes.progress import Meter
@@ -37,7 +38,7 @@ from shards.on_demand import ensure_sets
 from shards.reader import ShardReader
 
 # may differ when a run is continued: they do not change what it computes
-FREE_KEYS = ("benchmark.workers", "benchmark.strips", "benchmark.nearest", "log_every", "resume")
+FREE_KEYS = ("benchmark.workers", "benchmark.strips", "benchmark.nearest", "log_every", "resume", "ranks")
 
 
 def arguments() -> tuple[FinetuneConfig, Path]:
@@ -52,68 +53,63 @@ def arguments() -> tuple[FinetuneConfig, Path]:
     return config, given.out or Path("runs") / f"{Path(given.recipe).stem}-{Path(given.ckpt).name}"
 
 
-def build_method(config: FinetuneConfig, identities: Identities, cameras: int) -> tuple[Method, str]:
-    """The method on the backbone of config.ckpt, and what that is; fresh weights are the same on all processes."""
-    size = (config.augment.height, config.augment.width)
-    backbone, stored = models.start_backbone(config.ckpt, config.backbone, size, config.seed)
-    torch.manual_seed(config.seed)
-    method = build(config.method, Parts(backbone, identities.classes, cameras, config.sampling, config.seed))
-    return method, stored.get("source", config.ckpt)
-
-
 def train(
-    config: FinetuneConfig, method: Method, reader: ShardReader, identities: Identities, folder: RunFolder,
-    acc: Accelerator, validate: Callable[[int], object],
+    config: FinetuneConfig, method: Method, reader: ShardReader, identities: Identities, keeper: resume.Keeper,
+    start: resume.Position, journal: Journal, ranks: Ranks, validate: Callable[[int], object],
 ) -> None:  # fmt: skip
     """The loop: batches of the epoch -> named losses -> backward -> step. validate: is told of the epochs done."""
+    acc, done, epochs = journal.accelerator, start, config.optim.epochs
     dataset = views.TrainViews(reader, identities, Augment(config.augment), config.seed, method.draws)
-    sampler, rank, ranks = views.Places(), acc.process_index, acc.num_processes
+    sampler, share = views.Places(), (config.sampling.images_per_identity, acc.process_index, acc.num_processes)
     loader = views.build_loader(dataset, sampler, config.benchmark.workers)
-    plain = [optim.build_optimizer(part, config.optim) for part in method.optimisers()]
-    done, epochs = resume.restore(folder.path, method, plain), config.optim.epochs
-    folder.rewind(done.step - 1)
-    optimisers, wrapped = [acc.prepare(optimiser) for optimiser in plain], acc.prepare(method)
-    total = done.images + (epochs - done.epoch) * method.epoch(0, identities).size
-    with Meter(total, "fine-tune", start=done.images, silent=not acc.is_main_process) as meter:
-        journal = Journal(folder, acc, meter, config.log_every)
-        for epoch in range(done.epoch, epochs):
-            batches = method.epoch(epoch, identities)
-            sampler.batches = views.places(epoch, batches, config.sampling.images_per_identity, rank, ranks)
-            method.train()
-            for number, batch in enumerate(loader):
-                moment = epoch + number / len(batches)
-                rates = [optim.set_rate(optimiser, moment, config.optim) for optimiser in plain]
-                views.seed_torch(config.seed, done.step, rank)
-                with acc.autocast():
-                    losses = wrapped(batch.to(acc.device))
-                loss = sum(losses.values())
-                acc.backward(loss)
-                for optimiser in optimisers:
-                    optimiser.step()
-                    optimiser.zero_grad()
-                method.end_step()
-                last = number == len(batches) - 1
-                journal.record(done.step, epoch, {"loss": loss, **losses}, rates[0], last)
-                meter.advance(batches.shape[1])
-                done = resume.Position(epoch + last, done.step + 1, done.images + batches.shape[1])
-            if acc.is_main_process:
+    optimisers, wrapped = [acc.prepare(optimiser) for optimiser in keeper.trained[1]], acc.prepare(method)
+    for epoch in range(done.epoch, epochs):
+        batches = method.epoch(epoch, identities)
+        sampler.batches = views.places(epoch, batches, *share)[done.batch :]
+        method.train()
+        for number, batch in enumerate(ranks.waited_for(loader), start=done.batch):
+            rates = [optim.set_rate(each, epoch + number / len(batches), config.optim) for each in optimisers]
+            views.seed_torch(config.seed, done.step, acc.process_index)
+            with acc.autocast():
+                losses = wrapped(batch.to(acc.device))
+            loss = sum(losses.values())
+            acc.backward(loss)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+            method.end_step()
+            journal.record(done.step, epoch, {"loss": loss, **losses}, rates[0], number == len(batches) - 1)
+            journal.meter.advance(batches.shape[1])
+            done = resume.Position(epoch, done.step + 1, done.images + batches.shape[1], number + 1)
+            if ranks.stop_after(done.step):
+                keeper.after(done, stop=True)
+                raise ranks.stopped()
+        if acc.is_main_process:
+            with ranks.phase(EVALUATION):
                 validate(epoch + 1)
-                resume.save(folder.path, config.resume, done, epochs, method, plain)
+        done = resume.Position(epoch + 1, done.step, done.images)
+        with ranks.phase("checkpoint"):
+            keeper.after(done)
+    ranks.done()
 
 
-def run(config: FinetuneConfig, out: Path, acc: Accelerator) -> None:
+def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> None:
     """Build the parts, train, evaluate."""
-    sets, ready = [config.benchmark.shards, *config.benchmark.tests], (acc.is_main_process, acc.wait_for_everyone)
-    ensure_sets(sets, config.benchmark.draw, *ready)
-    reader, protocol = ShardReader([config.benchmark.shards], "train"), config.benchmark.protocol
-    split = hold_out(config.validation, reader.pids, reader.camids, protocol)
+    sets = [config.benchmark.shards, *config.benchmark.tests]
+    ensure_sets(sets, config.benchmark.draw, acc.is_main_process, acc.wait_for_everyone)
+    reader = ShardReader([config.benchmark.shards], "train")
+    split = hold_out(config.validation, reader.pids, reader.camids, config.benchmark.protocol)
     identities = select_identities(config.identities, split.training_pids(reader.pids))
     cameras = max(0, int(reader.camids[identities.rows].max()) + 1)  # 0: nobody knows
-    method, start = build_method(config, identities, cameras)
-    batch, per_identity = method.epoch(0, identities)[0], config.sampling.images_per_identity
-    shard_batch(batch, acc.process_index, acc.num_processes, per_identity)  # refuses what cannot be shared
+    backbone, stored = models.start_backbone(config.ckpt, config.backbone, config.augment.size, config.seed)
+    torch.manual_seed(config.seed)  # fresh weights are the same on all processes
+    method = build(config.method, Parts(backbone, identities.classes, cameras, config.sampling, config.seed))
+    batches, share = method.epoch(0, identities), config.sampling.images_per_identity
+    shard_batch(batches[0], acc.process_index, acc.num_processes, share)  # refuses what cannot be shared
     folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"processes": acc.num_processes})
-    acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {start}")
+    acc.print(
+        f"{len(identities.rows)} images of {identities.classes} identities, start: {stored.get('source', config.ckpt)}"
+    )
     method.to(acc.device)
     facts = {"classes": identities.classes, "cameras": cameras, "ckpt": config.ckpt}
     embed = features.embedder(method, Augment(config.augment), acc, config.benchmark.workers, config.benchmark.flip)
@@ -121,12 +117,19 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator) -> None:
     def save(folder: Path, more: dict[str, Any]) -> None:
         models.save(folder, method, config.method, config.augment, {**facts, **more})
 
-    validation = Validation(config.validation, reader, split, out, protocol)
+    plain, epochs = [optim.build_optimizer(part, config.optim) for part in method.optimisers()], config.optim.epochs
+    keeper = resume.Keeper(out, config.resume, epochs, method, plain, (config.model_dump(mode="json"), FREE_KEYS))
+    done = keeper.restore(acc)
+    folder.rewind(done.step - 1)
+    validation = Validation(config.validation, reader, split, out, config.benchmark.protocol)
     if acc.is_main_process:
         (out / "results.json").unlink(missing_ok=True)  # of an earlier launch
-        validation.rewind(resume.reached(out))
-    validate = functools.partial(validation.after, epochs=config.optim.epochs, embed=embed, save=save)
-    train(config, method, reader, identities, folder, acc, validate)
+        validation.rewind(done.epoch)
+    total = done.images + (epochs - done.epoch) * batches.size - done.batch * batches.shape[1]
+    with Meter(total, "fine-tune", start=done.images, silent=not acc.is_main_process) as meter:
+        journal = Journal(folder, acc, meter, config.log_every)
+        validate = functools.partial(validation.after, epochs=epochs, embed=embed, save=save)
+        train(config, method, reader, identities, keeper, done, journal, ranks, validate)
     if acc.is_main_process:
         best = validation.restore(method)
         save(out / "model", best | validation.calibration(embed))
@@ -138,11 +141,8 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator) -> None:
 def main() -> None:
     """Entry point."""
     config, out = arguments()
-    acc = processes.start(config.precision)
-    try:
-        run(config, out, acc)
-    finally:
-        processes.end(acc)
+    with processes.running(config.precision) as acc, Ranks(config.ranks, acc, out) as ranks:
+        run(config, out, acc, ranks)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,45 @@
 """The full state of a run for resume, and the teacher as an exported model.
 
-A checkpoint is a folder `samples-<n>` with `tensors.safetensors` and `state.json`; it is written under another name and
-renamed, so a folder of that name is complete. A model is a folder with `model.safetensors` and `config.json`.
+A checkpoint is a folder `samples-<n>` with `tensors.safetensors` and `manifest.json`, a model one with
+`model.safetensors` and `config.json`; committed.py says how they come to lie there whole, and how damage is found.
 """
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pretrain import foreign, hub
-from pretrain.architecture import differences, prefix_places
+from pretrain import architecture, committed, foreign, hub
 from pretrain.backbone import Backbone
 from pretrain.positions import Kernel, fit_prefix, resize_positions, resizing
 from recipes.errors import UserError
 from recipes.load import Section
+from recipes.record import differences
 
-FORMAT_VERSION = 1
+STATE_VERSION, MODEL_VERSION = 2, 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
+FIRST_MANIFEST = "state.json"  # its name in format 1
 
 
 class CheckpointConfig(Section):
     """When to save."""
 
     every_epochs: float = Field(1.0, gt=0)  # full state
-    keep: int = Field(2, ge=1)  # newest full states
+    keep: int = Field(2, ge=1)  # newest full states; with 2, one is left should the newest be damaged
     teacher_every_epochs: float = Field(20.0, gt=0)  # exported teachers, all kept: the last is not always the best
     teacher_newest_every_epochs: float | None = Field(None, gt=0)  # more of them between those; None = no more
     teacher_newest: int = Field(5, ge=1)  # newest of these that are kept
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def _commit(folder: Path, tensors: dict[str, Tensor], file: str, facts: tuple[str, dict[str, Any]]) -> None:
-    """Write a folder of one tensor file and one JSON file under a temporary name, flush it, put it in place."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / file)
-    (partial / facts[0]).write_text(json.dumps(facts[1], indent=1) + "\n")
-    for path in (partial / file, partial / facts[0], partial):
-        _fsync(path)
-    if folder.exists():
-        _discard([folder])
-    partial.rename(folder)
-    _fsync(folder.parent)
-
-
-def _discard(folders: list[Path]) -> None:
-    """Delete folders of one parent; a kill in between leaves no half one under its name, the next call tidies up."""
-    for folder in folders:
-        hidden = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-    for hidden in folders[0].parent.glob(".*.old") if folders else ():
-        shutil.rmtree(hidden)
+    asynchronous: bool = True  # write while the next steps run; takes the memory of one more state on the host
+    max_failed: int = Field(3, ge=1)  # saves in a row that the disk may refuse before the run stops
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -94,56 +66,117 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modul
 
 
 Trained = tuple[nn.Module, Sequence[torch.optim.Optimizer]]  # a module with its optimisers
+Recipe = tuple[Mapping[str, Any], Collection[str]]  # resolved recipe as a tree, keys that may differ in a state
 
 
-def save_state(
-    folder: Path, modules: dict[str, nn.Module], trained: Trained, samples: int, keep: int, **facts: Any
-) -> None:
-    """Save modules by name and the optimisers of one of them; older states beyond `keep` go after that."""
+def state_tensors(modules: Mapping[str, nn.Module], trained: Trained) -> dict[str, Tensor]:
+    """The whole state by name: that of modules by their name, and that of the optimisers of one of them."""
     tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     model, optimizers = trained
     for optimizer in optimizers:
         for key, value in optimizer_tensors(optimizer, model).items():
             tensors[f"optimizer.{key}"] = value
-    facts = {**facts, "format_version": FORMAT_VERSION, "samples": samples}
-    _commit(folder / f"samples-{samples:012d}", tensors, "tensors.safetensors", ("state.json", facts))
-    _discard(states(folder)[:-keep])
+    return tensors
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], samples: int, keep: int, facts: Mapping[str, Any]) -> None:
+    """Put a state into `folder`; the older ones beyond `keep` go after that. OSError where the disk refuses."""
+    whole = {**facts, "format_version": STATE_VERSION, "samples": samples}
+    committed.commit(folder / f"samples-{samples:012d}", tensors, (TENSORS, MANIFEST), whole, sealed=True)
+    committed.discard(states(folder)[:-keep])
+    committed.tidy(folder)
+
+
+def save_state(
+    folder: Path, modules: dict[str, nn.Module], trained: Trained, samples: int, keep: int, **facts: Any
+) -> None:
+    """`write_state` of what modules and optimisers hold now. facts: JSON-able, to be had back from `load_state`."""
+    write_state(folder, state_tensors(modules, trained), samples, keep, facts)
 
 
 def states(folder: Path) -> list[Path]:
-    """Complete states in a folder, oldest first."""
+    """Complete states in a folder, oldest first; whether they are sound is not looked at."""
     found = folder.glob("samples-*") if folder.is_dir() else []
     return sorted(path for path in found if re.fullmatch(r"samples-\d{12}", path.name))
 
 
 def facts_of(state: Path) -> dict[str, Any]:
-    """What `save_state` wrote beside the tensors. UserError on a damaged state, and on one of another format."""
-    try:
-        facts = json.loads((state / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {state} is damaged ({error}); delete it to go on from the one before") from error
-    if facts.get("format_version") != FORMAT_VERSION:
+    """What `write_state` wrote beside the tensors. Damaged (a UserError) where it is not what was written; UserError on
+    another format."""
+    if not (state / MANIFEST).exists() and (state / FIRST_MANIFEST).is_file():
+        facts = committed.read_facts(state / FIRST_MANIFEST, sealed=False)  # format 1 had no checksums
+        known = (1,)
+    else:
+        facts, known = committed.read_facts(state / MANIFEST, sealed=True), (STATE_VERSION,)
+    if facts.get("format_version") not in known:
         raise UserError(
-            f"checkpoint {state} has format {facts.get('format_version')}, this version reads {FORMAT_VERSION}"
+            f"checkpoint {state} has format {facts.get('format_version')}, this version reads {STATE_VERSION} and 1; "
+            "go on with the version of this project that wrote it, or choose another --out"
         )
     return facts
 
 
-def read_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of what `save_state` wrote, by module, and its facts. UserError on a damaged state."""
+def check_state(state: Path) -> dict[str, Any]:
+    """The facts of a state whose files are all what was written. Damaged, or UserError, as `facts_of`."""
     facts = facts_of(state)
+    if facts["format_version"] > 1:
+        committed.check_files(state, facts)
+    return facts
+
+
+def newest_sound(folder: Path, aside: bool = False) -> Path | None:
+    """The newest state that is what was written; None where there is no state at all.
+
+    Newer ones that are damaged are named on the screen, and moved out of the way if `aside`. UserError when all are.
+    """
+    faults = []
+    for state in reversed(states(folder)):
+        try:
+            check_state(state)
+        except committed.Damaged as error:
+            faults.append(str(error))
+            print(f"warning: checkpoint {state.name} is not used: {error}", file=sys.stderr, flush=True)
+            if aside:
+                spoilt = state.with_name(f"{state.name}.damaged")
+                shutil.rmtree(spoilt, ignore_errors=True)
+                state.rename(spoilt)
+                print(f"warning: it is kept as {spoilt}; delete it when you like", file=sys.stderr, flush=True)
+            continue
+        if faults:
+            print(f"warning: going on from {state.name}, the one before", file=sys.stderr, flush=True)
+        return state
+    if faults:
+        raise UserError(
+            f"none of the checkpoints in {folder} is sound ({faults[0]}); choose another --out to begin anew, and give "
+            "--ckpt with an exported teacher of this run to go on from that"
+        )
+    return None
+
+
+def read_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of what `write_state` wrote, by module, and its facts. Damaged, or UserError, as `facts_of`."""
+    facts = check_state(state)
     try:
-        return load_file(state / "tensors.safetensors"), facts
+        return load_file(state / TENSORS), facts
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"checkpoint {state} is damaged ({error}); delete it to go on from the one before") from error
+        raise committed.Damaged(f"{state / TENSORS} is damaged ({error})") from error
 
 
-def load_state(state: Path, modules: dict[str, nn.Module], trained: Trained) -> dict[str, Any]:
-    """Restore what `save_state` wrote; returns its facts, "samples" among them. UserError where it is damaged or does
-    not fit."""
+def load_state(
+    state: Path, modules: Mapping[str, nn.Module], trained: Trained, recipe: Recipe | None = None
+) -> dict[str, Any]:
+    """Restore what `write_state` wrote; returns its facts, "samples" among them.
+
+    recipe: what this run computes; a state that tells another one is refused with all that differs. UserError where the
+    state is damaged or does not fit.
+    """
     tensors, facts = read_state(state)
+    if recipe and "recipe" in facts and (told := differences(facts["recipe"], *recipe)):
+        raise UserError(f"checkpoint {state} is of another recipe: {'; '.join(told)}; give the old values to go on")
     for name, module in modules.items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        if not own and facts["format_version"] == 1:
+            continue  # a part that format 1 did not know yet stays fresh
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
@@ -153,64 +186,27 @@ def load_state(state: Path, modules: dict[str, nn.Module], trained: Trained) -> 
                 f"and give --ckpt {state.parent.parent} to go on from its teacher"
             ) from error
     own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-    load_optimizers(trained[1], trained[0], own)
+    try:
+        load_optimizers(trained[1], trained[0], own)
+    except KeyError as error:
+        raise UserError(f"checkpoint {state}: its optimiser knows {error}, which the model has not") from error
     return facts
 
 
-def save_model(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+def save_model(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Export a model: its weights and what rebuilds it."""
-    _commit(folder, tensors, WEIGHTS, (CONFIG, {"format_version": FORMAT_VERSION, **config}))
+    whole = {"format_version": MODEL_VERSION, **config}
+    committed.commit(folder, tensors, (WEIGHTS, CONFIG), whole, sealed=False)
 
 
-def save_teacher(folder: Path, backbone: Backbone, facts: dict[str, Any]) -> None:
+def save_teacher(folder: Path, backbone: Backbone, facts: Mapping[str, Any]) -> None:
     """Export a teacher backbone: plain timm weights. facts: normalisation, samples seen and the like."""
-    save_model(folder, backbone.vit.state_dict(), {"kind": "backbone", "timm": backbone.arguments, **facts})
+    save_model(folder, backbone.vit.state_dict(), teacher_config(backbone, facts))
 
 
-def passing_teachers(folder: Path) -> list[Path]:
-    """The exported teachers in a folder that are not kept for ever, oldest first; what cannot be read is left out."""
-    found = {}
-    for path in folder.glob("epoch-*"):
-        try:
-            config = json.loads((path / CONFIG).read_text())
-            if config["kept"] == "newest":
-                found[path] = int(config["samples"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return sorted(found, key=found.__getitem__)
-
-
-class Keeper:
-    """Saves what is due after a step."""
-
-    def __init__(self, out: Path, config: CheckpointConfig, steps: int, steps_per_epoch: float, batch: int):
-        self.out, self.config, self.steps, self.steps_per_epoch, self.batch = out, config, steps, steps_per_epoch, batch
-
-    def _due(self, step: int, every_epochs: float) -> bool:
-        """Whether step `step` (counted from 1) is the first one past a multiple of `every_epochs`."""
-        length = every_epochs * self.steps_per_epoch
-        return int(step / length) > int((step - 1) / length)
-
-    def after(
-        self, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
-    ) -> None:
-        """`step` optimiser steps are done. modules: "student", "teacher" and the rest of the state; facts go into the
-        config of an exported teacher."""
-        last, epochs = step == self.steps, step / self.steps_per_epoch
-        exported = {**facts, "epochs": round(epochs, 3), "samples": step * self.batch}
-        # teachers first: a run killed before its state is saved does the step again, one killed after it does not
-        snapshot, newest = self.out / "teachers" / f"epoch-{epochs:07.2f}", self.config.teacher_newest_every_epochs
-        if self._due(step, self.config.teacher_every_epochs):
-            save_teacher(snapshot, modules["teacher"].backbone, {**exported, "kept": "always"})
-        elif newest and self._due(step, newest):
-            if not snapshot.exists():  # a name may be taken by one that is kept for ever, a hundredth of an epoch ago
-                save_teacher(snapshot, modules["teacher"].backbone, {**exported, "kept": "newest"})
-            _discard(passing_teachers(snapshot.parent)[: -self.config.teacher_newest])
-        if last:
-            save_teacher(self.out / "teacher", modules["teacher"].backbone, exported)
-        if last or self._due(step, self.config.every_epochs):
-            trained = modules["student"], [optimizer]
-            save_state(self.out / "checkpoints", modules, trained, step * self.batch, self.config.keep)
+def teacher_config(backbone: Backbone, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an exported teacher."""
+    return {"kind": "backbone", "timm": backbone.arguments, **facts}
 
 
 def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -226,6 +222,7 @@ def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple
     path = Path(path)
     folder = path.parent if path.is_file() and path.name == WEIGHTS else path
     for candidate in (folder, folder / "model", folder / "teacher"):
+        committed.recover(candidate)
         if (candidate / WEIGHTS).is_file():
             folder = candidate
             break
@@ -235,10 +232,11 @@ def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple
             "as pretrain/run.py writes to OUT/teacher and finetune/run.py to OUT/model"
         )
     try:
-        tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG} holds no JSON object")
-        return tensors, config
+        config = committed.read_facts(folder / CONFIG, sealed=False)
+        if committed.FILES in config:  # one that was made by hand, or before there were sums, has none
+            committed.check_files(folder, config)
+        config.pop(committed.FILES, None)
+        return load_file(folder / WEIGHTS), config
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error
 
@@ -283,12 +281,12 @@ def build_backbone(
 
     tensors: by timm's names. path: for the errors. UserError when they differ in more than the image size.
     """
-    told = differences(found, wanted)
+    told = architecture.differences(found, wanted)
     if told:
         raise UserError(f"--ckpt {path} does not fit the recipe's backbone section: {'; '.join(told)}")
     backbone = Backbone(wanted, drop_path=drop_path)
     try:
-        grid, places = patch_grid(found), prefix_places(backbone.vit)
+        grid, places = patch_grid(found), architecture.prefix_places(backbone.vit)
         tensors = fit_prefix(tensors, tensors["pos_embed"].shape[1] - grid[0] * grid[1], places)
         if grid != backbone.grid:
             resized = resize_positions(tensors["pos_embed"], grid, backbone.grid, places, kernel)

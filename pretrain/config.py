@@ -15,6 +15,7 @@ from pretrain.masks import MasksConfig
 from pretrain.optim import OptimConfig
 from pretrain.photometric import PhotometricConfig
 from pretrain.planning import PlanningConfig
+from pretrain.ranks import RanksConfig
 from pretrain.schedules import SchedulesConfig
 from pretrain.verdict import VerdictConfig
 from pretrain.views import ViewsConfig
@@ -45,5 +46,6 @@ class PretrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    ranks: RanksConfig = RanksConfig()
     planning: PlanningConfig = PlanningConfig()
     verdict: VerdictConfig = VerdictConfig()

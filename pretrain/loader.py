@@ -3,23 +3,25 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import cv2
 import numpy as np
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain import masks, photometric, views, views_pil
-from pretrain.batch import Views, collate
+from pretrain.backbone import Backbone
+from pretrain.batch import Batch, Views, collate
 from pretrain.masks import MasksConfig
 from pretrain.photometric import PhotometricConfig
 from pretrain.views import ViewsConfig
 from recipes.errors import UserError
 from recipes.load import Section
 from shards.decoding import pixels
-from shards.order import Order, rank_positions
+from shards.order import Order, OrderConfig, rank_positions
 from shards.reader import ShardReader
 from shards.schema import BadSample
 from shards.seeds import generator
@@ -127,7 +129,14 @@ class ViewMaker(Dataset):
 class MicroBatches:
     """The positions of this process from a step on, cut into micro-batches: the sampler of the DataLoader."""
 
-    def __init__(self, span: tuple[int, int], batch: int, micro: int, rank: int, ranks: int):
+    def __init__(
+        self,
+        span: tuple[int, int],
+        batch: int,
+        micro: int,
+        rank: int,
+        ranks: int,
+    ):
         """span: first step and the one after the last. batch: global. micro: images of one micro-batch."""
         self.first_step, self.steps = span
         self.batch, self.micro, self.rank, self.ranks = batch, micro, rank, ranks
@@ -159,6 +168,29 @@ def build_loader(dataset: ViewMaker, batches: MicroBatches, config: LoaderConfig
         pin_memory=pin,
         worker_init_fn=_one_thread,
     )
+
+
+class Recipe(Protocol):
+    """The sections that say which batches come."""
+
+    seed: int
+    loader: LoaderConfig
+    order: OrderConfig
+    views: ViewsConfig
+    photometric: PhotometricConfig
+    masks: MasksConfig
+
+
+def build_batches(
+    config: Recipe, reader: ShardReader, backbone: Backbone, span: tuple[int, int], accelerator: Accelerator
+) -> Iterator[Batch]:
+    """The micro-batches of this process for the steps of `span`, one after the other."""
+    data, ranks = config.loader, accelerator.num_processes
+    order = Order(reader.shard_sizes, config.seed, config.order)
+    views = (config.views, config.photometric, config.masks)
+    maker = ViewMaker(reader, order, config.seed, views, backbone.grid, len(backbone.drops))
+    sampler = MicroBatches(span, data.batch, micro_batch(data, ranks), accelerator.process_index, ranks)
+    return iter(build_loader(maker, sampler, data, pin=accelerator.device.type == "cuda"))
 
 
 def _one_thread(_: int) -> None:

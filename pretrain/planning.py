@@ -103,14 +103,16 @@ def plan(
     check_ranks(on.count, batch, config.order.lanes)
     images = wanted.images or len(reader)
     micro, per_epoch = micro_batch(config.loader, on.count), images / batch
-    steps = max(1, int(config.schedules.epochs * per_epoch))
-    student, head = modules["student"], config.heads
+    steps, student, head = max(1, int(config.schedules.epochs * per_epoch)), modules["student"], config.heads
     where = ("cuda" if on.gpu else "cpu", torch.bfloat16 if half else torch.float32)
     sizes = cost.sizes(student.backbone, config.views, config.masks, student.mim, where)
     counts = tuple(sum(p.numel() for p in modules[name].parameters()) for name in ("student", "teacher"))
 
+    copies = config.checkpoint.asynchronous and not on.gpu  # with a GPU they are in the memory of the host
+    copied = {"copy of the state being saved": cost.state_bytes(modules)} if copies else {}
+
     def memory(micro: int) -> dict[str, float]:
-        return cost.step_memory(sizes, head, counts, micro, half, on.gpu)
+        return cost.step_memory(sizes, head, counts, micro, half, on.gpu) | copied
 
     parts = {config.backbone.name: student.backbone, "head": student.head}
     made = Plan(

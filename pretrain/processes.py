@@ -1,12 +1,19 @@
 """The processes of a run, started by `accelerate launch` or `torchrun`."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from recipes.errors import UserError
+
+# of a collective. Long, because the main process may pack a set while the others wait; once the training runs, ranks.py
+# gives up far earlier
+PATIENCE = timedelta(hours=6)
 
 
 def start(precision: str, **settings: Any) -> Accelerator:
@@ -17,7 +24,8 @@ def start(precision: str, **settings: Any) -> Accelerator:
     """
     if precision == "bf16":
         torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 then (prototypes) keeps 10 bits of mantissa
-    accelerator = Accelerator(mixed_precision=precision, **settings)
+    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[group], **settings)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UserError(
@@ -31,3 +39,13 @@ def end(accelerator: Accelerator) -> None:
     """Leave the group of processes, also after an error: one that only dies may take the others down."""
     accelerator.free_memory()  # a model wrapped for several processes must go before its group: torch may abort at exit
     accelerator.end_training()
+
+
+@contextlib.contextmanager
+def running(precision: str, **settings: Any) -> Iterator[Accelerator]:
+    """`start` at the beginning of the block, `end` at its end, also after an error."""
+    accelerator = start(precision, **settings)
+    try:
+        yield accelerator
+    finally:
+        end(accelerator)

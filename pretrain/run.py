@@ -11,22 +11,20 @@ The same command on a run folder that holds a checkpoint goes on from it. The te
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from pretrain import checkpoint, optim, processes, schedules, verdict
-from pretrain.backbone import Backbone
-from pretrain.batch import Batch
+from pretrain import keeping, optim, processes, schedules, verdict
 from pretrain.centering import teacher_targets
 from pretrain.config import PretrainConfig
 from pretrain.journal import BadSamples, Journal
-from pretrain.loader import MicroBatches, ViewMaker, build_loader, micro_batch
+from pretrain.loader import build_batches
 from pretrain.losses import named_losses
 from pretrain.modules import build_modules
 from pretrain.planning import micro_batch_parts, plan
+from pretrain.ranks import Ranks
 from pretrain.starting import start_from
 from pretrain.student_teacher import put_back, running_statistics, update_teacher
 from recipes.errors import plain_errors
@@ -34,12 +32,12 @@ from recipes.load import load, recipe_path
 from recipes.progress import Meter
 from recipes.record import RunFolder
 from shards.on_demand import ensure_sets
-from shards.order import Order, check_ranks
+from shards.order import check_ranks
 from shards.reader import ShardReader
 
 # may differ when a run is continued: they do not change what it computes
-FREE_KEYS = ("cache", "log_every", "health", "planning", "verdict")
-FREE_KEYS += ("loader.workers", "loader.prefetch", "loader.max_bad")
+FREE_KEYS = ("cache", "log_every", "health", "planning", "ranks", "verdict")
+FREE_KEYS += ("checkpoint.asynchronous", "checkpoint.max_failed", "loader.workers", "loader.prefetch", "loader.max_bad")
 
 
 def arguments() -> tuple[PretrainConfig, Path]:
@@ -55,19 +53,7 @@ def arguments() -> tuple[PretrainConfig, Path]:
     return config, given.out or Path("runs") / Path(given.recipe).stem
 
 
-def build_batches(
-    config: PretrainConfig, reader: ShardReader, backbone: Backbone, span: tuple[int, int], accelerator: Accelerator
-) -> Iterator[Batch]:
-    """The micro-batches of this process for the steps of `span`, one after the other."""
-    data, ranks = config.loader, accelerator.num_processes
-    order = Order(reader.shard_sizes, config.seed, config.order)
-    views = (config.views, config.photometric, config.masks)
-    maker = ViewMaker(reader, order, config.seed, views, backbone.grid, len(backbone.drops))
-    sampler = MicroBatches(span, data.batch, micro_batch(data, ranks), accelerator.process_index, ranks)
-    return iter(build_loader(maker, sampler, data, pin=accelerator.device.type == "cuda"))
-
-
-def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: ShardReader) -> None:
+def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: ShardReader, ranks: Ranks) -> None:
     """Build the parts, then the loop, which is the method."""
     batch_size, world = config.loader.batch, accelerator.num_processes
     modules = build_modules(config, accelerator.device, world)
@@ -81,16 +67,18 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=free, facts={"processes": world})
     accelerator.init_trackers("tensorboard")
     plain = optim.build_optimizer(modules["student"], config.optim)
-    states = checkpoint.states(out / "checkpoints")
-    trained = modules["student"], [plain]
-    first = checkpoint.load_state(states[-1], modules, trained)["samples"] // batch_size if states else 0
+    recipe = config.model_dump(mode="json"), free
+    found = keeping.resume(out / "checkpoints", modules, (modules["student"], [plain]), recipe, accelerator)
+    first = found["samples"] // batch_size if found else 0
     folder.rewind(first - 1)
     # every step uses every parameter; torch's static graph does not go with the pause of its all-reduce in accumulation
     static = accumulation == 1
     accelerator.ddp_handler = DistributedDataParallelKwargs(static_graph=static, gradient_as_bucket_view=True)
     student, optimizer = accelerator.prepare(modules["student"], plain)
-    batches = build_batches(config, reader, modules["student"].backbone, (first, steps), accelerator)
-    keeper = checkpoint.Keeper(out, config.checkpoint, steps, steps_per_epoch, batch_size)
+    ranks.watch(modules["teacher"], modules["student"])
+    span = first, steps
+    batches = ranks.waited_for(build_batches(config, reader, modules["student"].backbone, span, accelerator))
+    keeper = keeping.Keeper(out, config.checkpoint, steps, steps_per_epoch, batch_size, recipe[0])
     facts = {"normalize": {"mean": config.photometric.mean, "std": config.photometric.std}, "seed": config.seed}
     meter = Meter(steps * batch_size, "pretrain", start=first * batch_size, silent=not accelerator.is_main_process)
     every, bad = (config.log_every, batch_size), BadSamples(config.loader.max_bad, len(reader))
@@ -119,8 +107,13 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
                 centre.end_step(finite)
             put_back(statistics, finite)
             journal.record(step, {**now._asdict(), "grad_norm": norm})
+            stop = ranks.stop_after(step + 1)
             if accelerator.is_main_process:
-                keeper.after(step + 1, modules, plain, facts)
+                with ranks.phase("checkpoint"):
+                    keeper.after(step + 1, modules, plain, facts, stop)
+            if stop:
+                raise ranks.stopped()
+    ranks.done()
     accelerator.print(f"teacher: {out / 'teacher'}")
     verdict.conclude(config, out, accelerator)
 
@@ -128,14 +121,13 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
 def main() -> None:
     """Entry point."""
     config, out = arguments()
-    accelerator = processes.start(config.precision, log_with="tensorboard", project_dir=str(out))
-    check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
-    data = config.loader
-    ensure_sets(data.shards, data.draw, accelerator.is_main_process, accelerator.wait_for_everyone)
-    try:
-        train(config, out, accelerator, ShardReader(data.shards, data.splits, data.keep, config.cache))
-    finally:
-        processes.end(accelerator)
+    with processes.running(config.precision, log_with="tensorboard", project_dir=str(out)) as accelerator:
+        check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
+        data = config.loader
+        ensure_sets(data.shards, data.draw, accelerator.is_main_process, accelerator.wait_for_everyone)
+        reader = ShardReader(data.shards, data.splits, data.keep, config.cache)
+        with Ranks(config.ranks, accelerator, out) as ranks:
+            train(config, out, accelerator, reader, ranks)
 
 
 if __name__ == "__main__":

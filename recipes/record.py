@@ -4,8 +4,8 @@
     <out>/environment.json   commit, versions, machine and command line of this launch, and of the earlier ones
     <out>/metrics.jsonl      one JSON object a line, in the order of the steps
 
-A folder belongs to one recipe. Opening it again with the same recipe continues the run; with another one it is refused.
-Only the main process writes.
+A folder belongs to one recipe. Opening it again with the same recipe continues the run; with another one it is refused,
+and while another process works there, too (locks.py). Only the main process writes.
 """
 
 import json
@@ -16,63 +16,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from recipes import locks
 from recipes.errors import UserError
+from recipes.lines import Lines
 from recipes.load import Section, dump
+from recipes.whole import plain, write_json, write_text
 
-RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
+RECIPE, ENVIRONMENT, METRICS, LOCK = "recipe.yaml", "environment.json", "metrics.jsonl", ".lock"
 # distributions whose version can change a result
 VERSIONED = (
     *("personssl", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "webdataset", "scikit-learn"),
     *("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "einops", "safetensors", "pydantic"),
 )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, also one after a power cut, sees all of it or the previous one."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(draft, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)  # only there when the lines above failed, for example on a full disk
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself lives in the folder
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a value as indented JSON; numpy and torch scalars become numbers, nan and inf become null."""
-    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types. JSON has no nan or inf, so they become None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        return _plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} cannot be recorded as JSON")
 
 
 def _version(name: str) -> str | None:
@@ -120,7 +81,7 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _differences(old: Any, new: Any, may_differ: Collection[str]) -> list[str]:
+def differences(old: Any, new: Any, may_differ: Collection[str]) -> list[str]:
     """Sentences `a.b was 1 and is now 2`, in the order of the new recipe."""
     before, after = _leaves(old), _leaves(new)
     missing = object()
@@ -147,7 +108,7 @@ def _refuse_other(path: Path, resolved: Section, may_differ: Collection[str]) ->
         old = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path / RECIPE} cannot be read as YAML; mend it or choose another --out") from error
-    changed = _differences(old, yaml.safe_load(dump(resolved)), may_differ)
+    changed = differences(old, yaml.safe_load(dump(resolved)), may_differ)
     if changed:
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise UserError(
@@ -156,12 +117,11 @@ def _refuse_other(path: Path, resolved: Section, may_differ: Collection[str]) ->
         )
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """One run on disk. Made by `RunFolder.open`; on processes other than the main one every method does nothing."""
 
-    path: Path
-    main: bool
+    def __init__(self, path: Path, main: bool):
+        self.path, self.main, self.lines = path, main, Lines(path / METRICS)
 
     @staticmethod
     def open(
@@ -171,11 +131,13 @@ class RunFolder:
         may_differ: Collection[str] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> "RunFolder":
-        """Create the folder, or continue the run that it holds.
+        """Create the folder, or continue the run that it holds; no other process can open it until `close`, or until
+        this one ends.
 
         may_differ: dotted keys, or whole sections, that do not change the result (number of workers, for example) and
         so may differ when a run is continued. facts: what this module cannot know (device names, number of processes),
-        for environment.json. Raises UserError when the folder holds something else than a run of this recipe.
+        for environment.json. Raises UserError when the folder holds something else than a run of this recipe, or
+        another process works there, which is named.
         """
         folder = RunFolder(Path(out), main)
         if not main:
@@ -184,49 +146,43 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the run folder {out}: {error.strerror}; choose another --out") from error
-        _refuse_other(folder.path, resolved, may_differ)
+        _refuse_other(folder.path, resolved, may_differ)  # before the lock, which would be a file in a foreign folder
+        busy = f"another process is at work in the run folder {out}"
+        locks.keep(folder.path / LOCK, busy, "wait for it, stop it, or choose another --out")
+        _refuse_other(folder.path, resolved, may_differ)  # the owner before may have begun a run meanwhile
         write_text(folder.path / RECIPE, dump(resolved))
         folder._record_launch(facts or {})
-        folder._keep(math.inf)
+        folder.lines.keep(math.inf)
         return folder
 
     def _record_launch(self, facts: Mapping[str, Any]) -> None:
         path, earlier = self.path / ENVIRONMENT, []
-        if path.is_file():
-            previous = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            previous = json.loads(path.read_bytes())
             earlier = [*previous.pop("earlier"), previous]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is a record, no input
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            print(f"warning: {path} was damaged; it is {aside.name} now, and a new one begins", file=sys.stderr)
         write_json(path, {**environment(), **facts, "earlier": earlier})
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; it is on disk when this returns. `step` counts optimiser steps done."""
-        if not self.main:
-            return
-        line = json.dumps(_plain(values), allow_nan=False) + "\n"
-        with open(self.path / METRICS, "a", encoding="utf-8", newline="\n") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one line to metrics.jsonl; it is on disk when this returns, or waits for room on a full disk.
+
+        `step` counts optimiser steps done.
+        """
+        if self.main:
+            self.lines.add(json.dumps(plain(values), allow_nan=False).encode() + b"\n")
 
     def rewind(self, step: int) -> None:
         """After a resume from the checkpoint of `step`: drop the lines of later steps, which will be run again."""
         if self.main:
-            self._keep(step)
+            self.lines.keep(step)
 
-    def _keep(self, last: float) -> None:
-        """Keep the lines with step <= last and those without a step; a half-written last line goes."""
-        path = self.path / METRICS
-        if not path.is_file():
-            return
-        text = path.read_bytes().decode("utf-8", errors="replace")
-        kept = []
-        for number, line in enumerate(text.splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                break  # the process was killed while writing it
-            try:
-                step = json.loads(line).get("step")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{path} line {number} is not a JSON object; mend or remove that line") from error
-            if step is None or step <= last:
-                kept.append(line)
-        if "".join(kept) != text:
-            write_text(path, "".join(kept))
+    def close(self) -> None:
+        """The run has ended: write the lines that wait, and let others open the folder. UserError on a full disk."""
+        if self.main:
+            self.lines.close()
+            locks.drop(self.path / LOCK)

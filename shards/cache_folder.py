@@ -12,53 +12,18 @@ import enum
 import fcntl
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from shards.remote import is_at
+from recipes.locks import is_at, release, take
 
 NAME = re.compile(r"[0-9a-f]{40}-([0-9]+)\.(shard|part)")
 FRESH_S = 300.0  # seconds for which read-ahead leaves a file alone that was fetched ahead and not opened yet
 
 # the times of a file are notes of ours, last opened (atime) and last fetched or asked for (mtime): reading leaves them
 READ = os.O_RDONLY | getattr(os, "O_NOATIME", 0)
-
-_guard = threading.Lock()
-_exclusive: set[int] = set()  # descriptors whose locks must not live on in a forked child
-
-
-def _lock(path: Path | str, flags: int, wait: bool = False) -> int | None:
-    """A descriptor of the file with an exclusive lock; None when somebody else has one and `wait` is not asked for."""
-    with _guard:
-        descriptor = os.open(path, flags, 0o666)
-        _exclusive.add(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        release(descriptor)
-        return None
-    return descriptor
-
-
-def release(descriptor: int) -> None:
-    """Unlock and close."""
-    with _guard:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        _exclusive.discard(descriptor)
-        os.close(descriptor)
-
-
-def _after_fork() -> None:
-    for descriptor in _exclusive:
-        os.close(descriptor)
-    _exclusive.clear()
-    _guard.release()
-
-
-os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after_in_child=_after_fork)
 
 
 class Claim(enum.Enum):
@@ -102,7 +67,7 @@ class CacheFolder:
     def _alone(self) -> Iterator[None]:
         """Nobody else changes the folder meanwhile."""
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(self.path / "lock", os.O_RDWR | os.O_CREAT, wait=True)
+        descriptor = take(self.path / "lock", os.O_RDWR | os.O_CREAT, wait=True)
         assert descriptor is not None, "it waits"
         try:
             yield
@@ -143,7 +108,7 @@ class CacheFolder:
     def announce(self, stem: str) -> bool:
         """Whether the file is here; if so it counts as used now, because it is going to be."""
         try:
-            descriptor = _lock(path := self._shard(stem), os.O_RDONLY)
+            descriptor = take(path := self._shard(stem), os.O_RDONLY)
         except FileNotFoundError:
             return False
         if descriptor is not None:  # nobody has it open
@@ -164,7 +129,7 @@ class CacheFolder:
             path = self._part(stem)
             if not path.exists() and not self._make_room(size, gently):
                 return Claim.FULL
-            descriptor = _lock(path, os.O_RDWR | os.O_CREAT)
+            descriptor = take(path, os.O_RDWR | os.O_CREAT)
             return Claim.FETCHING if descriptor is None else descriptor
 
     def _make_room(self, size: int, gently: bool) -> bool:
@@ -179,7 +144,7 @@ class CacheFolder:
             if gently and not entry.part and entry.announced and entry.last_use > fresh:
                 continue
             with contextlib.suppress(FileNotFoundError):
-                descriptor = _lock(entry.path, os.O_RDONLY)
+                descriptor = take(entry.path, os.O_RDONLY)
                 if descriptor is not None:
                     chosen.append((descriptor, entry.path))
                     missing -= entry.size
@@ -217,7 +182,7 @@ class CacheFolder:
         held: tuple[list[int], list[int]] = ([], [])
         for entry in self._entries():
             with contextlib.suppress(FileNotFoundError):
-                descriptor = _lock(entry.path, os.O_RDONLY)
+                descriptor = take(entry.path, os.O_RDONLY)
                 if descriptor is None:
                     held[entry.part].append(entry.size)
                 else:

@@ -6,7 +6,6 @@ The tars are the same byte by byte whatever the number of processes and interrup
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.errors import UserError
+from recipes import locks
+from recipes.errors import UserError, disk_sentence
 from recipes.progress import Meter
 from shards import index
 from shards.catalogue import Catalogue, read_records
@@ -61,22 +61,21 @@ def _partial_folder(out: Path) -> Iterator[Path]:
     parts = partial / PARTS
     if partial.exists() and not (partial.is_dir() and (parts.is_dir() or not any(partial.iterdir()))):
         raise UserError(f"{partial} is in the way and not from an interrupted run; delete it or choose another --out")
-    parts.mkdir(parents=True, exist_ok=True)
-    lock = os.open(parts / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is packing {out} at this moment; wait for it or choose another --out"
-            ) from error
+    busy = f"another process is packing {out} at this moment"
+    with locks.holding(parts / LOCK, busy, "wait for it or choose another --out"):
         yield partial
-    finally:
-        os.close(lock)
+
+
+def _sweep(parts: Path) -> None:
+    """Remove files that were being written: on a full disk they are the room that is missing."""
+    for path in parts.glob("*.tar.*"):
+        if path.suffix[1:].isdigit():  # of the process, see tars.py
+            path.unlink(missing_ok=True)
 
 
 def _prepare(partial: Path, digest: str) -> None:
     """Keep what an interrupted run of the same plan left, and nothing of another one."""
+    _sweep(partial / PARTS)
     stamp = partial / PARTS / "plan"
     if stamp.exists() and stamp.read_text() == digest:
         return
@@ -205,7 +204,7 @@ def pack(
                 manifest = _existing(out, plan.digest)
                 if manifest is not None:
                     print(f"{out} already holds this set; nothing to do")
-                    shutil.rmtree(partial)
+                    shutil.rmtree(partial, ignore_errors=True)  # somebody may wait for the lock in it
                     shutil.rmtree(out / PARTS, ignore_errors=True)  # left when killed right after the rename
                     return manifest
                 _write(partial, plan, packing, images)
@@ -215,9 +214,13 @@ def pack(
                     raise type(error)(f"{error} ({kept} finished tars are kept, the same command continues)") from error
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
+            except OSError:
+                _sweep(partial / PARTS)
+                raise
             partial.replace(out)
             sync_folder(out.parent)
-            shutil.rmtree(out / PARTS)
+            shutil.rmtree(out / PARTS, ignore_errors=True)  # as above, somebody who waited may be at it
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error}; what is done is kept, the same command continues") from error
+        told = disk_sentence(error) or error
+        raise UserError(f"cannot write {out}: {told}; what is done is kept, the same command continues") from error
     return manifest

@@ -2,8 +2,10 @@
 
 import functools
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from shards.reader import ShardReader
 from shards.schema import Record
 from shards.writer import pack
 
+pytest_plugins = ["rows"]  # the mark `row`, the fixture `figures` and their table
 SIZE, LOCAL, PATCH = (64, 32), (32, 16), 8  # height, width of global and local crops; pixels
 GRID = (8, 4)
 TINY = BackboneConfig(name="vit_tiny_patch16_224", patch_size=PATCH, embed_dim=32, depth=2, num_heads=2)
@@ -44,6 +47,13 @@ def _records() -> list[Record]:
         captions = (f"person {i} wears red", "ein zweiter Satz, ä")[: i % 3]
         rows.append(Record(f"query/{i}", "query", functools.partial(encoded, i), i, 0, captions))
     return rows + [Record(f"gallery/{i}", "gallery", functools.partial(encoded, i), i - 7, 1) for i in range(58, 65)]
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory) -> Iterator[forked.Server]:
+    """Runs entry scripts in forks of a process that has imported everything."""
+    with forked.Server(tmp_path_factory.mktemp("forks")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

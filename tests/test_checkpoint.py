@@ -11,7 +11,8 @@ from torch import nn
 
 from pretrain import checkpoint
 from pretrain.centering import Centering, CenteringConfig, teacher_targets
-from pretrain.checkpoint import CheckpointConfig, Keeper
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.keeping import Keeper
 from pretrain.losses import LossesConfig, named_losses
 from pretrain.optim import OptimConfig, build_optimizer, clip_gradients, freeze_last_layer, set_values
 from pretrain.student_teacher import build_teacher, update_teacher

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from finetune import resume
 from finetune.resume import Position, ResumeConfig
 from pretrain import checkpoint
+from recipes.errors import UserError
 
 PATIENCE_S = 60
 # 8 epochs of 3 batches; stochastic depth, so that the random numbers of every step count
@@ -55,18 +58,17 @@ def assert_same_run(out: Path, other: Path) -> None:
 
 def interrupted(line: list[str], monkeypatch, states: int) -> None:
     """Run in this process until so many states are saved, then stop it as a signal would."""
-    saved, original = [], checkpoint.save_state
+    saved, original = [], checkpoint.write_state
 
-    def stopping(*arguments, **facts) -> None:
-        original(*arguments, **facts)
+    def stopping(*arguments) -> None:
+        original(*arguments)
         saved.append(arguments)
         if len(saved) == states:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_state", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            small.run(line)
+        patched.setattr(checkpoint, "write_state", stopping)
+        assert small.run(line) == 130
 
 
 @pytest.mark.parametrize("more", [[], RESNET, VALIDATED], ids=["vit", "resnet", "validation"])
@@ -108,21 +110,52 @@ def test_killed_in_the_middle_of_an_epoch(people, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_states_come_when_they_are_due_and_after_the_last_epoch(tmp_path):
+@pytest.fixture
+def alone():
+    """The only process of a run."""
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def kept(out: Path, config: ResumeConfig, epochs: int, parts, optimisers) -> resume.Keeper:
+    return resume.Keeper(out, config, epochs, parts, optimisers)
+
+
+def test_states_come_when_they_are_due_and_after_the_last_epoch(alone, tmp_path):
     weights = torch.nn.Linear(2, 2)
     optimisers = [torch.optim.SGD(weights.parameters(), lr=0.1, momentum=0.9)]
     weights(torch.ones(1, 2)).sum().backward()
     optimisers[0].step()
-    config, due = ResumeConfig(every_epochs=3, keep=2), []
+    keeper, due = kept(tmp_path, ResumeConfig(every_epochs=3, keep=2), 8, weights, optimisers), []
     for epoch in range(1, 9):
         position = Position(epoch, 10 * epoch, 640 * epoch)
-        resume.save(tmp_path, config, position, 8, weights, optimisers)
-        due += [epoch] if resume.restore(tmp_path, weights, optimisers) == position else []
+        keeper.after(position)
+        keeper.close()
+        due += [epoch] if keeper.restore(alone) == position else []
     assert due == [3, 6, 8]
     assert len(checkpoint.states(tmp_path / "checkpoints")) == 2
 
 
-def test_several_optimisers_get_their_own_state_back(tmp_path):
+def test_a_stop_inside_an_epoch_is_saved_at_once(alone, tmp_path):
+    weights = torch.nn.Linear(2, 2)
+    keeper = kept(tmp_path, ResumeConfig(every_epochs=3), 8, weights, [torch.optim.SGD(weights.parameters(), lr=0.1)])
+    keeper.after(Position(4, 41, 2624, 1))
+    assert checkpoint.states(tmp_path / "checkpoints") == [], "nothing is due inside an epoch"
+    keeper.after(Position(4, 42, 2688, 2), stop=True)
+    assert keeper.restore(alone) == Position(4, 42, 2688, 2)
+
+
+def test_weights_that_are_not_finite_are_not_saved(alone, tmp_path):
+    weights = torch.nn.Linear(2, 2)
+    keeper = kept(tmp_path, ResumeConfig(), 8, weights, [torch.optim.SGD(weights.parameters(), lr=0.1)])
+    with torch.no_grad():
+        weights.bias[1] = torch.inf
+    with pytest.raises(UserError, match=r"step 10: method.bias is not finite, so no state is saved"):
+        keeper.after(Position(5, 10, 640))
+    assert checkpoint.states(tmp_path / "checkpoints") == []
+
+
+def test_several_optimisers_get_their_own_state_back(alone, tmp_path):
     """As mutual learning has them: one network and one optimiser each."""
     pair = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 2), "two": torch.nn.Linear(2, 2)})
 
@@ -133,9 +166,9 @@ def test_several_optimisers_get_their_own_state_back(tmp_path):
     for factor, (part, optimiser) in enumerate(zip(pair.values(), optimisers, strict=True), start=1):
         (factor * part(torch.ones(1, 2)).sum()).backward()
         optimiser.step()
-    resume.save(tmp_path, ResumeConfig(), Position(5, 1, 1), 5, pair, optimisers)
+    kept(tmp_path, ResumeConfig(), 5, pair, optimisers).after(Position(5, 1, 1))
     fresh = made()
-    assert resume.restore(tmp_path, pair, fresh) == Position(5, 1, 1)
+    assert kept(tmp_path, ResumeConfig(), 5, pair, fresh).restore(alone) == Position(5, 1, 1)
     for own, other, part in zip(optimisers, fresh, pair.values(), strict=True):
         assert set(other.state) == set(part.parameters())
         for parameter in part.parameters():

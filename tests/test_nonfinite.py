@@ -12,7 +12,7 @@ import small
 import torch
 
 from pretrain import checkpoint, losses, student_teacher
-from pretrain.checkpoint import Keeper
+from pretrain.keeping import Keeper
 
 # 6 steps of 16, with a centre, so that there is one to be spoilt; a full state after every second step
 SETTINGS = ["schedules.epochs=0.75", "checkpoint.every_epochs=0.25", "checkpoint.keep=9", "centering.kind=centre"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from recipes import lines as lines_of_json
 from recipes import record
 from recipes.errors import UserError
 from recipes.load import Section, load
@@ -50,7 +51,7 @@ def test_a_new_folder_holds_recipe_and_environment(tmp_path):
     assert told["processes"] == 2
     assert told["earlier"] == []
     assert {"commit", "python", "platform", "command", "started"} <= set(told)
-    assert sorted(path.name for path in run.path.iterdir()) == ["environment.json", "recipe.yaml"]
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "environment.json", "recipe.yaml"]
 
 
 def test_the_same_recipe_continues_and_remembers_earlier_launches(run):
@@ -103,7 +104,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_drafts_of_a_killed_launch_do_not_stand_in_the_way(tmp_path):
     (tmp_path / ".recipe.yaml.tmp").write_text("seed: ")
     run = RunFolder.open(tmp_path, RunConfig(), main=True)
-    assert not list(run.path.glob(".*"))
+    assert [path.name for path in run.path.glob(".*")] == [".lock"]
 
 
 def test_a_recipe_that_cannot_be_read_is_named(run):
@@ -150,6 +151,25 @@ def test_a_broken_line_in_the_middle_is_told(run):
     (run.path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
         run.rewind(1)
+
+
+def test_a_damaged_record_of_the_launches_is_put_aside(run, capsys):
+    """It is no input of the run, so it stops nobody; what can be read of it stays."""
+    path = run.path / "environment.json"
+    for damaged in ("", '{"earlier": 3}', '{"versions": {}}', "[]", path.read_text()[:-20]):
+        path.write_text(damaged)
+        RunFolder.open(run.path, RunConfig(), main=True)
+        assert "environment.json.damaged now" in capsys.readouterr().err
+        assert json.loads(path.read_text())["earlier"] == []
+        assert (run.path / "environment.json.damaged").read_text() == damaged
+
+
+def test_rewind_needs_no_room_on_the_disk(run, monkeypatch):
+    for step in (10, 20, 30):
+        run.log({"step": step})
+    monkeypatch.setattr(lines_of_json, "write_text", None)  # would need room for a copy
+    run.rewind(10)
+    assert steps(run) == [10]
 
 
 def test_rewind_of_a_run_without_numbers(run):

@@ -1,103 +1,97 @@
-"""Killed with SIGKILL and started again by the same command, a pretraining gives the same bits as one left alone."""
+"""R2: killed several times inside one epoch and started again, a pretraining gives the bits of one left alone."""
 
-import os
-import signal
-import time
 from pathlib import Path
 
+import killing
 import pytest
 import small
 import torch
-from safetensors.torch import load_file
+from forked import Run, Server
+from killing import Campaign, Kill
 
 from pretrain import checkpoint
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import CheckpointConfig, Keeper
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.keeping import Keeper
 
-# 16 steps an epoch of 128 images, 24 in all; a full state every 4.8 steps: after 5, 10, 15, 20 and 24
-SETTINGS = ["loader.batch=8", "schedules.epochs=1.5", "checkpoint.every_epochs=0.3", "views.local_count=1"]
-BATCH = 8
-PATIENCE_S = 120.0
+# 32 steps an epoch of 128 images, 40 in all; a full state every 3.2 steps: after 4, 7, 10, 13, ...
+BATCH, EPOCH, STEPS = 4, 32, 40
+SETTINGS = ["loader.batch=4", "schedules.epochs=1.25", "checkpoint.every_epochs=0.1", "views.local_count=1"]
+FILES = [f"checkpoints/samples-{STEPS * BATCH:012d}/tensors.safetensors", "teacher/model.safetensors"]
 
 
 def newest_state(out: Path) -> int:
     """Steps done at the newest complete state; 0 without one."""
-    states = checkpoint.states(out / "checkpoints")
-    return int(states[-1].name.partition("-")[2]) // BATCH if states else 0
+    return int(killing.newest(out).partition("-")[2] or 0) // BATCH
 
 
-def kill_beyond(command: list[str], out: Path, state: int) -> tuple[int, int]:
-    """Start the command and kill its whole process group once a line follows a state of at least `state` steps.
+def inside_the_epoch(least: int) -> Kill:
+    """With a state of at least so many steps, and lines of steps beyond it, all before the end of the first epoch."""
 
-    Returns the steps of the newest state and the number of lines in metrics.jsonl.
-    """
-    process = small.start(command)
-    try:
-        for _ in range(int(PATIENCE_S / 0.005)):
-            assert process.poll() is None, process.communicate()
+    def act(run: Run, out: Path) -> None:
+        def reached() -> bool:
             written = newest_state(out)
-            if written >= state and len(small.complete_lines(out)) > written + 1:
-                break
-            time.sleep(0.005)
-        else:
-            pytest.fail(f"no state of {state} steps within {PATIENCE_S} s")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    return newest_state(out), len(small.complete_lines(out))
+            return written >= least and len(small.complete_lines(out)) > written + 1
+
+        assert killing.until(run, reached), run.told()
+        run.kill()
+        assert least <= newest_state(out) < EPOCH, "inside the first epoch"
+        assert newest_state(out) < len(small.complete_lines(out)), "steps are done again"
+
+    return Kill("inside one epoch", act=act)
+
+
+def campaign(forks: Server, folder: Path, crops: Path, *more: str) -> Campaign:
+    """Starts of pretrain/run.py on drawn crops."""
+    return Campaign(forks, lambda out: small.arguments("pretrain/run.py", out, crops, *SETTINGS, *more), folder)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Metrics lines, final state and teacher of a run that nobody disturbed."""
-    base = tmp_path_factory.getbasetemp()
-    out = tmp_path_factory.mktemp("alone") / "run"
-    command = small.arguments("pretrain/run.py", out, small.drawn(base, small.UNLABELED), *SETTINGS)
-    assert small.run(command) == 0
-    return command, out
+def alone(forks, tmp_path_factory):
+    """The drawn crops, and the folder of a run that nobody disturbed."""
+    crops, folder = small.drawn(tmp_path_factory.getbasetemp(), small.UNLABELED), tmp_path_factory.mktemp("alone")
+    run = campaign(forks, folder, crops).start(folder / "run")
+    assert run.wait() == 0, run.told()
+    return crops, folder / "run"
 
 
-def moved(command: list[str], out: Path, *more: str) -> list[str]:
-    """The same command with another --out."""
-    command = [*command, *more]
-    command[command.index("--out") + 1] = str(out)
-    return command
+def resumed(forks: Server, folder: Path, alone: tuple[Path, Path], resumes: int, *more: str) -> tuple[int, int]:
+    """Kill a run that often inside its first epoch; samples or lines lost, and how many differ."""
+    crops, undisturbed = alone
+    one = campaign(forks, folder, crops, *more)
+    one.spend([inside_the_epoch(4 + 6 * number) for number in range(resumes)])
+    assert len(one.starts) == resumes + 1
+    assert len(small.json_of(one.outs[0] / "environment.json")["earlier"]) == resumes
+    return one.against(undisturbed, FILES)
 
 
-def assert_same_run(out: Path, other: Path) -> None:
-    """Every line, the full state and the teacher agree to the last bit."""
-    assert small.repeatable(small.metrics(out)) == small.repeatable(small.metrics(other))
-    state = Path("checkpoints", f"samples-{24 * BATCH:012d}", "tensors.safetensors")
-    for file in (state, Path("teacher/model.safetensors")):
-        ours, theirs = load_file(out / file), load_file(other / file)
-        assert ours.keys() == theirs.keys()
-        assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+@pytest.mark.row("R2")
+def test_killed_three_times_inside_one_epoch(alone, forks, tmp_path, figures):
+    lost, wrong = resumed(forks, tmp_path, alone, 3, "loader.workers=1", "loader.prefetch=2")
+    figures("R2", injected="SIGKILL inside one epoch, 1 worker", times=3, lost=lost, wrong=wrong)
+    assert (lost, wrong) == (0, 0)
 
 
-def test_killed_once(alone, tmp_path):
-    command, undisturbed = alone
-    command, out = moved(command, tmp_path / "run"), tmp_path / "run"
-    state, lines = kill_beyond(command, out, 5)
-    assert 5 <= state < lines < 24
-    assert small.run(command) == 0
-    assert_same_run(out, undisturbed)
-    assert len(small.json_of(out / "environment.json")["earlier"]) == 1
-
-
-def test_killed_twice_inside_one_epoch_with_a_worker(alone, tmp_path):
-    command, undisturbed = alone
-    command, out = moved(command, tmp_path / "run", "loader.workers=1"), tmp_path / "run"
-    first, _ = kill_beyond(command, out, 5)
-    second, lines = kill_beyond(command, out, first + 1)
-    assert first < second < 16, "both inside the first epoch"
-    assert second < lines
-    assert small.run(command) == 0
-    assert_same_run(out, undisturbed)
+@pytest.mark.soak
+@pytest.mark.row("R2")
+def test_resumes_inside_one_epoch(alone, forks, tmp_path, figures):
+    """2 and 3 resumes, with 0, 1 and 2 workers that are 1, 2 and 4 batches ahead."""
+    cases = [(resumes, workers, ahead) for resumes in (2, 3) for workers in (0, 1, 2) for ahead in (1, 2, 4)]
+    found = []
+    for number, (resumes, workers, ahead) in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        more = [f"loader.workers={workers}", f"loader.prefetch={ahead}"]
+        found.append(resumed(forks, tmp_path / str(number), alone, resumes, *more))
+    lost, wrong = (sum(part) for part in zip(*found, strict=True))
+    note = f"{len(cases)} runs: 2 and 3 resumes, 0 to 2 workers, prefetch 1, 2, 4; samples, crops, masks compared, too"
+    times = sum(resumes for resumes, _, _ in cases)
+    figures("R2", injected="SIGKILL inside one epoch", times=times, lost=lost, wrong=wrong, note=note)
+    assert (lost, wrong) == (0, 0)
 
 
 def test_a_finished_run_stays_as_it_is(alone):
-    command, out = alone
+    crops, out = alone
+    command = small.arguments("pretrain/run.py", out, crops, *SETTINGS)
     before = {path: path.read_bytes() for path in [*out.glob("teacher/*"), *out.glob("checkpoints/*/*")]}
     lines = (out / "metrics.jsonl").read_bytes()
     assert small.run(command) == 0
@@ -111,21 +105,21 @@ def test_the_teacher_is_on_disk_before_the_last_state(tmp_path, monkeypatch):
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_state", killed)
+    monkeypatch.setattr(checkpoint, "write_state", killed)
     sizes = {"embed_dim": 16, "depth": 1, "num_heads": 1, "img_size": [16, 16], "patch_size": 8}
     teacher = torch.nn.Module()
     teacher.backbone = Backbone({"model_name": "vit_tiny_patch16_224", "num_classes": 0, **sizes})
-    config = CheckpointConfig(every_epochs=1, teacher_every_epochs=1)
+    config, plain = CheckpointConfig(every_epochs=1, teacher_every_epochs=1), torch.optim.AdamW(teacher.parameters())
     with pytest.raises(KeyboardInterrupt):
-        Keeper(tmp_path, config, 2, 2.0, 8).after(2, {"teacher": teacher, "student": teacher}, None, {})
+        Keeper(tmp_path, config, 2, 2.0, 8).after(2, {"teacher": teacher, "student": teacher}, plain, {})
     assert (tmp_path / "teacher" / "model.safetensors").is_file()
     assert (tmp_path / "teachers" / "epoch-0001.00" / "model.safetensors").is_file()
 
 
 def test_smaller_cards_may_go_on_unless_something_sees_the_micro_batch(alone, tmp_path, capsys):
-    command, _ = alone
+    settings = [*SETTINGS, "schedules.epochs=0.1"]
     for kind, goes_on in (("centre", True), ("sinkhorn", False)):
-        first = moved(command, tmp_path / kind, f"centering.kind={kind}", "schedules.epochs=0.2")
+        first = small.arguments("pretrain/run.py", tmp_path / kind, alone[0], *settings, f"centering.kind={kind}")
         assert small.run(first) == 0
-        assert (small.run([*first, "loader.batch_per_device=4"]) == 0) is goes_on
-    assert "loader.batch_per_device was 16 and is now 4" in capsys.readouterr().err
+        assert (small.run([*first, "loader.batch_per_device=2"]) == 0) is goes_on
+    assert "loader.batch_per_device was 16 and is now 2" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from torch import nn
 
 from pretrain import checkpoint
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import CheckpointConfig, Keeper
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.keeping import Keeper
 
 # 4 steps an epoch: one that stays every 2 epochs (steps 8, 16, 24), a finer one every half (steps 2, 4, 6, ...)
 CONFIG = CheckpointConfig(every_epochs=100, teacher_every_epochs=2, teacher_newest_every_epochs=0.5, teacher_newest=3)
