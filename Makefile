@@ -52,7 +52,7 @@ test: lint  ## lint and the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 soak: setup  ## the long tests, and the table of faults of docs/reliability.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'soak or row' --rows-json runs/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'soak or row' --rows-json=runs/soak.json
 
 demo: setup  ## the whole pipeline on drawn people, on a CPU (SEED=1 OUT=runs/demo1 for another one)
 	$(BIN)/python finetune/demo.py --out $(OUT) $(if $(SEED),--seed $(SEED))

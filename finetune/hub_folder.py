@@ -9,6 +9,7 @@ from torch import nn
 
 from finetune.augment import AugmentConfig
 from pretrain.checkpoint import save_model
+from recipes.whole import write_text
 
 CARD = """---
 library_name: personssl
@@ -97,4 +98,4 @@ def write(
         facts="\n".join(f"| {what} | {value} |" for what, value in facts.items() if value is not None),
         results=results_of(run),
     )
-    (folder / "README.md").write_text(text)
+    write_text(folder / "README.md", text)

@@ -59,7 +59,7 @@ class Keeper:
 
     def restore(self, accelerator: Accelerator) -> Position:
         """Load the newest sound state on all processes; the start where there is none."""
-        facts = keeping.resume(self.folder, self.modules, self.trained, self.recipe, accelerator)
+        facts = keeping.resume(self.folder, self.modules, self.trained, self.recipe, self.config.keep, accelerator)
         if facts is None:
             return Position()
         return Position(int(facts["epoch"]), int(facts["step"]), int(facts["samples"]), int(facts.get("batch", 0)))

@@ -5,8 +5,7 @@
     python finetune/run.py --ckpt runs/pretrain --recipe recipes/finetune/bot_market1501.yaml --out runs/market \\
         benchmark.shards=data/market1501
 
---ckpt takes a run folder, its `teacher`, or what docs/checkpoints.md lists. The same command goes on after a kill.
-Writes OUT/model and its evaluation (docs/finetuning.md, docs/evaluation.md): table.md, results.json, strips.png.
+Writes OUT/model and its evaluation (docs/finetuning.md, docs/evaluation.md). The same command goes on after a kill.
 """
 
 import argparse
@@ -135,6 +134,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
         save(out / "model", best | validation.calibration(embed))
         outcomes = benchmark.run(config.benchmark, config.rerank, embed, out, str(out), facts | best)
         print(*(outcome.sentence for outcome in outcomes), sep="\n")
+        folder.close()
     acc.wait_for_everyone()
 
 

@@ -1,10 +1,10 @@
 """The threshold for "same person", kept in the config.json of a model beside its weights."""
 
-import json
 from pathlib import Path
 
 from finetune.verification import Calibration
 from pretrain.checkpoint import CONFIG, WEIGHTS
+from pretrain.committed import read_facts
 from recipes.errors import UserError
 from recipes.record import write_json
 
@@ -12,12 +12,13 @@ KEY = "calibration"
 
 
 def own_folder(ckpt: str) -> Path:
-    """The folder of the exported model that `--ckpt` names; UserError where it is none of ours, which have one."""
+    """The folder of the exported model that `--ckpt` names; UserError where it is none of ours, which have one,
+    and where its config.json is damaged."""
     path = Path(ckpt)
     folder = path.parent if path.is_file() and path.name == WEIGHTS else path
     for candidate in (folder, folder / "model", folder / "teacher"):
         if (candidate / WEIGHTS).is_file() and (candidate / CONFIG).is_file():
-            if "kind" in json.loads((candidate / CONFIG).read_text(encoding="utf-8")):
+            if "kind" in read_facts(candidate / CONFIG, sealed=False):
                 return candidate
             break
     raise UserError(
@@ -29,6 +30,5 @@ def own_folder(ckpt: str) -> Path:
 def store(ckpt: str, calibration: Calibration) -> Path:
     """Write the calibration into the model's config.json, replacing an earlier one; returns the model's folder."""
     folder = own_folder(ckpt)
-    tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    write_json(folder / CONFIG, {**tree, KEY: calibration.model_dump()})
+    write_json(folder / CONFIG, read_facts(folder / CONFIG, sealed=False) | {KEY: calibration.model_dump()})
     return folder

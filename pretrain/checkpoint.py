@@ -83,6 +83,11 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], samples: int, keep:
     """Put a state into `folder`; the older ones beyond `keep` go after that. OSError where the disk refuses."""
     whole = {**facts, "format_version": STATE_VERSION, "samples": samples}
     committed.commit(folder / f"samples-{samples:012d}", tensors, (TENSORS, MANIFEST), whole, sealed=True)
+    forget_old(folder, keep)
+
+
+def forget_old(folder: Path, keep: int) -> None:
+    """Delete the states that are not among the `keep` newest, and what killed processes left."""
     committed.discard(states(folder)[:-keep])
     committed.tidy(folder)
 
@@ -101,8 +106,7 @@ def states(folder: Path) -> list[Path]:
 
 
 def facts_of(state: Path) -> dict[str, Any]:
-    """What `write_state` wrote beside the tensors. Damaged (a UserError) where it is not what was written; UserError on
-    another format."""
+    """What `write_state` wrote beside the tensors. Damaged where it is not that; UserError on another format."""
     if not (state / MANIFEST).exists() and (state / FIRST_MANIFEST).is_file():
         facts = committed.read_facts(state / FIRST_MANIFEST, sealed=False)  # format 1 had no checksums
         known = (1,)
@@ -176,7 +180,7 @@ def load_state(
     for name, module in modules.items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         if not own and facts["format_version"] == 1:
-            continue  # a part that format 1 did not know yet stays fresh
+            continue  # a part that it did not know yet stays fresh
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
@@ -199,14 +203,12 @@ def save_model(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str,
     committed.commit(folder, tensors, (WEIGHTS, CONFIG), whole, sealed=False)
 
 
-def save_teacher(folder: Path, backbone: Backbone, facts: Mapping[str, Any]) -> None:
-    """Export a teacher backbone: plain timm weights. facts: normalisation, samples seen and the like."""
-    save_model(folder, backbone.vit.state_dict(), teacher_config(backbone, facts))
-
-
-def teacher_config(backbone: Backbone, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of an exported teacher."""
-    return {"kind": "backbone", "timm": backbone.arguments, **facts}
+def save_teacher(
+    folder: Path, backbone: Backbone, facts: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Export a teacher backbone: plain timm weights, those of now or `tensors`. facts: normalisation, samples seen."""
+    whole = {"kind": "backbone", "timm": backbone.arguments, **facts}
+    save_model(folder, tensors or backbone.vit.state_dict(), whole)
 
 
 def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipes.errors import UserError
+from recipes.errors import UserError, naming
 
 FILES, SUM = "files", "crc32"  # keys of the JSON file: what lies beside it; the sum of the JSON itself
 LONGEST = 64 << 20  # bytes of a JSON file that is read
@@ -78,11 +78,14 @@ def commit(
     partial = _hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        if not folder.parent.is_dir():
+            folder.parent.mkdir(parents=True)
+            _fsync(folder.parent.parent)  # else a power cut takes the new folder with all that is in it
+        partial.mkdir()
         path, manifest = (partial / name for name in names)
         _save_tensors(tensors, path)
         whole = json.loads(json.dumps(facts)) | {FILES: {path.name: {"size": path.stat().st_size, SUM: checksum(path)}}}
-        with open(manifest, "w", encoding="utf-8") as file:
+        with naming(manifest), open(manifest, "w", encoding="utf-8") as file:
             file.write(json.dumps(whole | ({SUM: _sum_of(whole)} if sealed else {}), indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -1,11 +1,15 @@
 """Models out: for timm, for loaders of DINO's and iBOT's files, as a folder in the layout of the Hugging Face Hub."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +18,7 @@ from pretrain.backbone import Backbone
 from pretrain.foreign import Found
 from recipes.errors import UserError
 from recipes.record import RECIPE
+from recipes.whole import write_text
 
 CARD = """---
 library_name: timm
@@ -75,10 +80,10 @@ def head_of(source: str, found: Found | None) -> tuple[dict[str, Tensor], dict[s
         if not found.head or "cls" not in found.centres:
             raise UserError(f"--head: {source} holds no projection head with its centre")
         return found.head, found.centres
-    states = checkpoint.states(Path(source) / "checkpoints")
-    if not states:
+    state = checkpoint.newest_sound(Path(source) / "checkpoints")
+    if state is None:
         raise UserError(f"--head: {source} is no run folder with checkpoints; an exported teacher has no head")
-    tensors, _ = checkpoint.read_state(states[-1])
+    tensors, _ = checkpoint.read_state(state)
     part = "teacher.head."
     head = {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
     names = {kind: f"centres.{kind}.centre" for kind in ("cls", "patches")}
@@ -86,15 +91,34 @@ def head_of(source: str, found: Found | None) -> tuple[dict[str, Tensor], dict[s
 
 
 def trained_on(source: str) -> str:
-    """Names of the sets in the recipe of a run of ours, without their folders."""
+    """Names of the sets in the recipe of a run of ours, without their folders; a sentence where it does not tell."""
     for folder in (Path(source), *Path(source).parents):
         if (folder / RECIPE).is_file():
-            recipe = yaml.safe_load((folder / RECIPE).read_text())
-            sets = recipe.get("loader", recipe.get("benchmark", {})).get("shards", "not recorded here")
-            return ", ".join(
-                str(name).rstrip("/").rpartition("/")[2] for name in ([sets] if isinstance(sets, str) else sets)
-            )
+            try:
+                recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+                sets = recipe.get("loader", recipe.get("benchmark", {}))["shards"]
+                names = [sets] if isinstance(sets, str) else list(sets)
+            except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):  # not one of ours, or damaged
+                break
+            return ", ".join(str(name).rstrip("/").rpartition("/")[2] for name in names)
     return "not recorded here"
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name when it is whole; UserError where the disk does not take it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        yield draft
+        os.replace(draft, path)
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the system's error in their own
+        told = str(error).splitlines()[0]
+        if "inline_container" not in told and "os error" not in told:
+            raise
+        raise UserError(f"{path} could not be written ({told}); make room there, or choose another --out") from error
+    finally:
+        draft.unlink(missing_ok=True)  # only there when the lines above failed
 
 
 def _plain_vit(backbone: Backbone, target: str) -> dict[str, Tensor]:
@@ -112,8 +136,8 @@ def weights(backbone: Backbone) -> dict[str, Tensor]:
 def to_timm(folder: Path, backbone: Backbone) -> str:
     """Write FOLDER/timm.safetensors; returns the line that loads it."""
     tensors = _plain_vit(backbone, "timm")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "timm.safetensors", metadata={"format": "pt"})
+    with _whole(folder / "timm.safetensors") as draft:
+        save_file(tensors, draft, metadata={"format": "pt"})
     arguments = {key: value for key, value in backbone.arguments.items() if key != "model_name"}
     given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     path = str(folder / "timm.safetensors")
@@ -131,9 +155,9 @@ def to_dino(folder: Path, backbone: Backbone, head: dict[str, Tensor], centres: 
     extra = [name for name in tensors if name == "reg_token" or name.endswith("ls1.gamma")]
     if extra or backbone.vit.norm_pre.state_dict():
         raise UserError(f"--to dino: the ViT of DINO has no {(extra or ['norm_pre'])[0]}; use --to timm or --to hub")
-    folder.mkdir(parents=True, exist_ok=True)
     if not head:
-        torch.save(tensors, folder / "backbone.pth")
+        with _whole(folder / "backbone.pth") as draft:
+            torch.save(tensors, draft)
         return f"{folder / 'backbone.pth'}: the keys of DINO's backbone, bare"
     head = {name: value.detach().cpu().contiguous() for name, value in head.items()}
     mim = "patches" in centres
@@ -142,7 +166,8 @@ def to_dino(folder: Path, backbone: Backbone, head: dict[str, Tensor], centres: 
     teacher = {f"backbone.{name}": value for name, value in tensors.items()}
     teacher |= {f"head.{name}": value for name, value in head.items()}
     loss = {"center": centres["cls"].cpu()[None]} | ({"center2": centres["patches"].cpu()[None, None]} if mim else {})
-    torch.save({"teacher": teacher, "ibot_loss" if mim else "dino_loss": loss}, folder / "checkpoint.pth")
+    with _whole(folder / "checkpoint.pth") as draft:
+        torch.save({"teacher": teacher, "ibot_loss" if mim else "dino_loss": loss}, draft)
     return f"{folder / 'checkpoint.pth'}: `teacher` with backbone.* and head.*, {'ibot' if mim else 'dino'}_loss"
 
 
@@ -167,10 +192,10 @@ def to_hub(folder: Path, backbone: Backbone, config: dict[str, Any], trained_on:
     }
     facts = {"architecture": name, "num_classes": 0, "num_features": backbone.dim, "global_pool": "token"}
     arguments.pop("num_classes")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with _whole(folder / "model.safetensors") as draft:
+        save_file(tensors, draft, metadata={"format": "pt"})
     text = json.dumps({**facts, "model_args": arguments, "pretrained_cfg": cfg}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
+    write_text(folder / "config.json", text + "\n")
     lines = {"trained on": trained_on, "samples seen": config.get("samples"), "epochs": config.get("epochs")}
     lines |= {"came from": config.get("source"), "seed": config.get("seed")}
     card = CARD.format(
@@ -178,5 +203,5 @@ def to_hub(folder: Path, backbone: Backbone, config: dict[str, Any], trained_on:
         **{"patch": arguments["patch_size"], "mean": cfg["mean"], "std": cfg["std"]},
         facts="\n".join(f"| {what} | {value} |" for what, value in lines.items() if value is not None),
     )
-    (folder / "README.md").write_text(card)
+    write_text(folder / "README.md", card)
     return f"timm.create_model('local-dir:{folder}', pretrained=True)"

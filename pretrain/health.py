@@ -33,13 +33,23 @@ class HealthConfig(Section):
     prototypes: float = Field(2.0, ge=1)  # in use, exp(entropy of the mean target); below it all images get one
     centred: float = Field(0.05, ge=0, le=1)  # share of the mean logits that the centre takes away; below it it is off
     spread: float = Field(0.05, ge=0)  # feature_std; below it the features of all images are the same
+    on_spike: Literal["ignore", "warn", "roll_back"] = "warn"  # roll_back: to the state before it, without its batches
+    spike_sigmas: float = Field(6.0, gt=0)  # standard deviations above the mean from which a loss is an outlier
+    spike_share: float = Field(0.02, ge=0)  # of the mean that it has to be above it, too: a quiet loss has no sigma
+    spike_steps: int = Field(3, ge=1)  # outliers in a row that make a spike
+    spike_window: int = Field(200, ge=2)  # steps that mean and deviation remember
+    spike_warmup: int = Field(100, ge=2)  # steps before the first one that is judged
+    spike_before: int = Field(
+        5, ge=0
+    )  # steps before the spike whose batches are skipped as well: they may have led to it
+    max_roll_backs: int = Field(3, ge=0)  # of a run; then a spike stops it
 
 
 COLD = 0.01  # teacher temperature far below the 0.02 to 0.07 of published recipes
 EVEN = 0.99  # share of ln K; a mean target with more entropy needs no centring
 FLAT_LOSS = 0.005  # share of ln K by which a loss that is pinned there may differ from it
 FLAT_STEPS = 200
-SKIPS = "skipped_steps"  # the alarm that is no collapse
+SKIPS, SPIKE = "skipped_steps", "loss_spike"  # the alarms that are no collapse
 ROWS, PATCH_ROWS = 256, 1024  # features and patch targets that are looked at, at most
 FEW = 4  # targets whose mean says nothing
 
@@ -110,6 +120,22 @@ def effective_rank(features: Tensor) -> float:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = singular / singular.sum().clamp(min=1e-30) + 1e-7
     return math.exp(torch.special.entr(share).sum().item())
+
+
+class Spike(NamedTuple):
+    """A spike of the loss (spikes.py)."""
+
+    first: int  # step of the first outlier of the first row
+    last: int  # step of the last outlier
+    peak: float  # largest loss of them
+    mean: float  # of the accepted losses
+    deviation: float  # their standard deviation
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        many = f"steps {self.first} to {self.last}" if self.last > self.first else f"step {self.first}"
+        return f"loss {self.peak:.4g} in {many}, where {self.mean:.4g} +- {self.deviation:.2g} is usual"
 
 
 class Sign(NamedTuple):
@@ -202,7 +228,7 @@ class Watch:
         """The next logged line; returns the names of the alarms that begin with it. None and nan are unknown values."""
         before, skipped = self.ringing, int(line.get("skipped_steps") or 0)
         newly, self.skipped = skipped - self.skipped, skipped
-        self.ringing = {name: text for name, text in before.items() if name != SKIPS}
+        self.ringing = {name: text for name, text in before.items() if name not in (SKIPS, SPIKE)}
         # a step that was skipped tells nothing about the model
         if "not_finite" not in line and line["step"] >= self.config.first_step:
             found = signs(line, self.config, self.ln_k, self.flat)
@@ -214,4 +240,7 @@ class Watch:
                 f"{newly} step(s) since the line before were skipped, because the loss or the gradient was not finite "
                 f"({skipped} in all); if it happens often, lower schedules.lr or set heads.norm_last_layer=true"
             )
+        if "spike" in line:
+            cure = "; a run that does not recover from it needs a lower schedules.lr, or health.on_spike=roll_back"
+            self.ringing[SPIKE] = Spike(**line["spike"]).text + ("" if self.config.on_spike == "roll_back" else cure)
         return [name for name in self.ringing if name not in before]

@@ -5,6 +5,7 @@ A thread writes step and phase into the store in which the processes of the laun
 off. So no clocks of different hosts are compared.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-ENDED = "ended"  # phase of a process that left on its own
+ENDED, FAILED = "ended", "failed"  # phases of a process that left, without and with an error
 READ_S = 5.0  # seconds that the store may take to answer
 
 
@@ -39,6 +40,14 @@ class Sign(NamedTuple):
         return f"at step {self.step}, phase {self.phase}"
 
 
+class Missing(NamedTuple):
+    """Who is there, and who is not."""
+
+    gone: list[str]  # sentences about those without a sign of life, or that left with an error
+    alive: list[Sign]  # the last signs of the others, without those that ended well
+    failed: bool = False  # somebody told that it left with an error
+
+
 class Heartbeats:
     """The signs of all processes of the launch. The thread runs between `start` and `stop`."""
 
@@ -59,11 +68,11 @@ class Heartbeats:
         self._tell()
         self.thread.start()
 
-    def stop(self) -> None:
-        """No more signs; this process leaves on its own."""
+    def stop(self, failed: bool = False) -> None:
+        """No more signs; this process leaves on its own, failed: with an error."""
         self.ending.set()
         self.thread.join(READ_S)
-        self.phase = ENDED
+        self.phase = FAILED if failed else ENDED
         self._tell()
 
     def _run(self) -> None:
@@ -86,25 +95,38 @@ class Heartbeats:
             found.append(Sign(*json.loads(self.stores[1].get(str(rank)))) if there else None)
         return found
 
-    def missing(self) -> tuple[list[str], list[Sign]]:
-        """Sentences about the processes that are gone or without a sign, and the last signs of the others.
+    def _read_soon(self) -> list[Sign | None] | None:
+        """`_read`, or None when the store is gone or does not answer in time: a host that was switched off does not
+        even close its connections, and the store's own timeout is only for keys that are not there yet."""
+        answer: list[list[Sign | None]] = []
 
-        Takes three beats.
-        """
-        try:
-            before = self._read()
-            time.sleep(3 * self.every_s)
-            after = self._read()
-        except RuntimeError:
-            return ["rank 0, in whose process or on whose host the processes met, is gone"], []
-        told, alive = [], []
+        def read() -> None:
+            with contextlib.suppress(RuntimeError):
+                answer.append(self._read())
+
+        reader = threading.Thread(target=read, name="life", daemon=True)
+        reader.start()
+        reader.join(READ_S)
+        return answer[0] if answer else None
+
+    def missing(self) -> Missing:
+        """Who of all processes is gone or without a sign. Takes three beats, and at most twice READ_S more."""
+        before = self._read_soon()
+        time.sleep(3 * self.every_s)
+        after = before and self._read_soon()
+        if not after:
+            return Missing(["rank 0, in whose process or on whose host the processes met, is gone"], [])
+        gone, alive, failed = [], [], False
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
-            if new is None:
-                told.append(f"rank {rank} never gave a sign of life")
-            elif new.phase == ENDED and rank != self.rank:
-                told.append(f"{new} left on its own after step {new.step}: its message says why")
-            elif old is not None and old.count == new.count and rank != self.rank:
-                told.append(f"{new} gives no sign of life, the last was {new.place}")
-            else:
+            if rank == self.rank:
                 alive.append(new)
-        return told, alive
+            elif new is None:
+                gone.append(f"rank {rank} never gave a sign of life")
+            elif new.phase == FAILED:
+                gone.append(f"{new} left with an error after step {new.step}: its message says why")
+                failed = True
+            elif new.phase != ENDED and old is not None and old.count == new.count:
+                gone.append(f"{new} gives no sign of life, the last was {new.place}")
+            elif new.phase != ENDED:
+                alive.append(new)
+        return Missing(gone, alive, failed)

@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from pretrain import dumps
 from pretrain.batch import Batch
-from pretrain.health import SKIPS, HealthConfig, Watch, effective_rank, signals
+from pretrain.health import SKIPS, SPIKE, HealthConfig, Spike, Watch, effective_rank, signals
 from pretrain.losses import Guessed, Logits
+from pretrain.spikes import RollBack, Spikes
 from pretrain.student_teacher import Seen
 from recipes.errors import UserError
 from recipes.progress import Meter
@@ -88,12 +90,13 @@ class Journal:
     ):
         """meter: counts images; its total must be known. every: steps between two lines, images of a (global) step.
 
-        modules: "centres" and "skipped" of the training state. rates: FLOPs of an image, forward and backward, and the
+        modules: the training state, by name. rates: FLOPs of an image, forward and backward, and the
         peak FLOP/s of all devices together, where it is known; the share of it that is used is told as `mfu`.
         """
         self.folder, self.accelerator, self.meter, self.bad, self.rates = folder, accelerator, meter, bad, rates
         (self.every, self.batch), self.config = every, config
-        self.skipped: Skipped = modules["skipped"]
+        self.modules, self.skipped = modules, modules["skipped"]
+        self.spikes: Spikes = modules["spikes"]
         # Sinkhorn-Knopp needs no centre; without centring it stays 0, which is a signal
         self.centres = {kind: c.centre for kind, c in modules["centres"].items() if c.config.kind != "sinkhorn"}
         self.watch = Watch(config, len(modules["centres"]["cls"].centre), bad.epoch / self.batch)
@@ -107,6 +110,10 @@ class Journal:
         self.features = self.outputs = torch.zeros(0)  # of the teacher: for the rank; their sum, whether it is finite
         self.means: dict[str, Tensor] = {}  # of this step's terms over the processes
         self.faults: Tensor | None = None  # which of them were not finite since the last line
+        self.finite = self.own = torch.zeros(0)  # whether the step is taken; the terms of this process
+        self.gradients: dict[str, Tensor] = {}  # norm of each parameter's in this step; clip_gradients puts it there
+        self.recent, self.rows = dumps.recent(), list[Tensor]()
+        self.last: Batch | None = None  # micro-batch of this process
 
     @property
     def step(self) -> int:
@@ -121,14 +128,16 @@ class Journal:
 
     def waited_for(self, batches: Iterator[Batch], accumulation: int) -> Iterator[Batch]:
         """The next `accumulation` micro-batches on the device; the time until each arrives counts as waiting."""
-        self.losses, self.health = {}, {}
+        self.losses, self.health, self.rows = {}, {}, []
         self.outputs = torch.zeros((), device=self.accelerator.device)
         for _ in range(accumulation):
             start = time.monotonic()
             batch = next(batches)
             self.waited += time.monotonic() - start
             self.replaced += int((batch.replaced >= 0).sum())  # on the host, before the batch goes to the device
-            yield batch.to(self.accelerator.device)
+            self.rows.append(batch.rows.clone())  # what a worker sent would keep a file open
+            self.last = batch.to(self.accelerator.device)
+            yield self.last
 
     def collect(self, losses: dict[str, Tensor], forward: tuple[Logits, Seen, Guessed], share: float) -> None:
         """Add a micro-batch that makes up `share` of the step. forward: targets, what teacher and student gave."""
@@ -152,27 +161,41 @@ class Journal:
         own = torch.stack([*self.losses.values(), norm.detach().float(), self.outputs])
         means = self.accelerator.reduce(own, "mean")  # nan and inf pass through a sum
         fine = torch.isfinite(means)
-        self.means = dict(zip(names, means.unbind(), strict=True))
+        self.own, self.means = own, dict(zip(names, means.unbind(), strict=True))
         self.faults = ~fine if self.faults is None else self.faults | ~fine
-        finite = fine.all()
-        self.skipped.count(finite)
-        return finite
+        self.finite = fine.all()
+        self.skipped.count(self.finite)
+        return self.finite
 
     def record(self, step: int, values: dict[str, float | Tensor]) -> None:
-        """End of step `step`, counted from 0. values: of this process, beside the collected ones. UserError: stop."""
+        """End of step `step`, counted from 0. values: of this process, beside the collected ones. UserError: stop.
+
+        RollBack where the loss has spiked and health.on_spike asks for it.
+        """
         assert step == self.step
         self.steps += 1
+        means = torch.stack(tuple(self.means.values()))
+        self.recent.append(dumps.Step(step, self.rows, tuple(self.means), self.own, means))
+        # a term that begins, and prototypes that begin to learn, move the loss at once
+        terms = torch.stack([mean > 0 for name, mean in self.means.items() if name in self.losses]).sum()
+        regime = terms + (not values.get("freeze_last_layer"))
+        self.spikes.see(step, self.means["loss"], self.finite, regime, self.config)
         note = ""
         if self.due:
-            line = self._read(step, values)
+            line, spike = self._read(step, values), self._spike()
+            line |= {"spike": spike._asdict()} if spike else {}
             collapse = self._alarms(line)
             note = self._note(line)
             self.folder.log(line)
             numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
             self.accelerator.log(numbers, step=step)
-            self._stop(step, collapse)
+            self._stop(step, collapse, spike, values)
             self.since, self.steps, self.waited, self.faults = time.monotonic(), 0, 0.0, None
         self.meter.advance(self.batch, note)
+
+    def _spike(self) -> Spike | None:
+        """What `spikes` has found since the last line."""
+        return None if self.config.on_spike == "ignore" else self.spikes.look()
 
     def _over_processes(self) -> tuple[dict[str, float], int]:
         """Mean of each health signal over the processes that know it (nan: none does); damaged samples of all."""
@@ -221,22 +244,40 @@ class Journal:
         line |= {"alarms": list(ringing)} if ringing else {}
         for name in begun:
             print(f"alarm {name} at step {line['step']}: {ringing[name]} (docs/health.md)", file=sys.stderr, flush=True)
-        return next((f"{name}: {text}" for name, text in ringing.items() if name != SKIPS), "")
+        return next((f"{name}: {text}" for name, text in ringing.items() if name not in (SKIPS, SPIKE)), "")
 
-    def _stop(self, step: int, collapse: str) -> None:
-        """UserError on all processes where the run must not go on. collapse: what the main process has found."""
+    def _stop(self, step: int, collapse: str, spike: Spike | None, values: dict[str, float | Tensor]) -> None:
+        """UserError or RollBack on all processes where the run must not go on. collapse: what the main process found.
+
+        spike, values: of this step's line.
+        """
         self.bad.check()
         if (row := int(self.skipped.row)) > self.config.max_skipped:
             wrong = [name for name, fault in zip(self.means, self.faults.tolist(), strict=True) if fault]
             raise UserError(
                 f"step {step}: {row} steps in a row were skipped, more than health.max_skipped = "
-                f"{self.config.max_skipped}, because of values that are not finite ({', '.join(wrong)}); begin a new "
-                "run with a lower schedules.lr, heads.norm_last_layer=true or schedules.teacher_temperature=0.04, from "
-                f"scratch or from --ckpt {self.folder.path}"
+                f"{self.config.max_skipped}, because of values that are not finite ({', '.join(wrong)}); "
+                f"{self._dump(values)}. Begin a new run with a lower schedules.lr, heads.norm_last_layer=true or "
+                f"schedules.teacher_temperature=0.04, from scratch or from --ckpt {self.folder.path}"
             )
+        if spike and self.config.on_spike == "roll_back":
+            raise RollBack(max(0, spike.first - self.config.spike_before), spike.last, spike)
         if self.config.on_collapse == "stop":
             told = [collapse]
             if self.accelerator.num_processes > 1:
                 broadcast_object_list(told)
             if told[0]:
                 raise UserError(f"step {step}: {told[0]} (it stops here because health.on_collapse=stop)")
+
+    def _dump(self, values: dict[str, float | Tensor]) -> str:
+        """Write down what is known of the last steps, on each process; where it is, for people."""
+        networks = {name: self.modules[name] for name in ("teacher", "student")}
+        with self.accelerator.autocast():
+            broken = {name: dumps.first_broken(network, self.last) for name, network in networks.items()}
+        rank, scheduled = self.accelerator.process_index, {k: v for k, v in values.items() if k != "grad_norm"}
+        given = self.recent, scheduled, self.gradients, self.modules, broken
+        try:
+            path = dumps.write(self.folder.path, rank, *given)
+        except OSError as error:  # it is no reason to hide why the run stops
+            return f"what is known of them could not be written ({error.strerror})"
+        return f"their samples, gradients and the parts at fault are in {path}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -30,7 +30,8 @@ def passing_teachers(folder: Path) -> list[Path]:
 
 
 class Keeper:
-    """Saves what is due after a step. On the main process only."""
+    """Saves what is due after a step, on the main process; `with Keeper(...)` waits at its end for what is being
+    written."""
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class Keeper:
         """recipe: the resolved one, which each state tells."""
         self.out, self.config, self.steps, self.steps_per_epoch, self.batch = out, config, steps, steps_per_epoch, batch
         self.told = {"recipe": recipe} if recipe else {}
-        self.writer = Writer(config.asynchronous, config.max_failed)
+        self.writer, self.main = Writer(config.asynchronous, config.max_failed), PartialState().is_main_process
         self.saved = -1  # step of the newest state that was asked for
         self.ready = False  # the memory for the copies is there
 
@@ -78,6 +79,8 @@ class Keeper:
 
         modules: "student", "teacher" and the rest of the state. facts go into the config of an exported teacher.
         """
+        if not self.main:
+            return
         self.writer.poll()
         last, teachers = step == self.steps, self._teachers(step)
         state, now = last or stop or self._due(step, self.config.every_epochs), last or stop
@@ -95,15 +98,16 @@ class Keeper:
         jobs: list[Job] = []
         # teachers first: a run killed before its state is saved does the step again, one killed after it does not
         for folder, more in teachers:
-            config = checkpoint.teacher_config(modules["teacher"].backbone, exported | more)
-            jobs.append(functools.partial(checkpoint.save_model, folder, weights, config))
+            given = modules["teacher"].backbone, exported | more, weights
+            jobs.append(functools.partial(checkpoint.save_teacher, folder, *given))
         jobs += [self._prune] if teachers else []
         if state and not (self.saved == step and self.writer.failed == 0):
             folder, kept = self.out / "checkpoints", self.config.keep
             given = tensors, step * self.batch, kept, self.told
             jobs.append(functools.partial(checkpoint.write_state, folder, *given))
             self.saved = step
-        self.writer.submit(f"the {'state' if state else 'teacher'} of step {step}", jobs, now)
+        titles = [f"the teacher {folder.name}" for folder, _ in teachers] + ["the state"] * state
+        self.writer.submit(f"{' and '.join(titles)} of step {step}", jobs, now)
 
     def _prepare(self, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Once, when the optimiser has its moments: get the memory for the copies."""
@@ -116,9 +120,17 @@ class Keeper:
         committed.discard(passing_teachers(folder)[: -self.config.teacher_newest])
         committed.tidy(folder)
 
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Wait for what is being written."""
         self.writer.wait()
+        if self.main:
+            self._prune()
 
 
 def resume(
@@ -126,16 +138,19 @@ def resume(
     modules: Mapping[str, nn.Module],
     trained: checkpoint.Trained,
     recipe: checkpoint.Recipe,
+    keep: int,
     accelerator: Accelerator,
 ) -> dict[str, Any] | None:
     """`checkpoint.load_state` of the newest sound state, the same one on all processes; None where there is none.
 
-    The main process chooses, so it alone moves damaged ones aside.
+    The main process chooses, so it alone moves damaged ones aside. It also deletes what a killed process left there,
+    above all states beyond the `keep` newest.
     """
     told: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             told[0] = checkpoint.newest_sound(folder, aside=True)
+            checkpoint.forget_old(folder, keep)
         except UserError as error:
             told[1] = str(error)
     if accelerator.num_processes > 1:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain import masks, photometric, views, views_pil
 from pretrain.backbone import Backbone
 from pretrain.batch import Batch, Views, collate
+from pretrain.gaps import Gaps
 from pretrain.masks import MasksConfig
 from pretrain.photometric import PhotometricConfig
 from pretrain.views import ViewsConfig
@@ -136,14 +137,16 @@ class MicroBatches:
         micro: int,
         rank: int,
         ranks: int,
+        gaps: Gaps | None = None,
     ):
-        """span: first step and the one after the last. batch: global. micro: images of one micro-batch."""
+        """span: first step and the one after the last. batch: global. micro: images of one micro-batch. gaps: batches
+        that are left out."""
         self.first_step, self.steps = span
-        self.batch, self.micro, self.rank, self.ranks = batch, micro, rank, ranks
+        self.batch, self.micro, self.rank, self.ranks, self.gaps = batch, micro, rank, ranks, gaps or Gaps()
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.steps):
-            positions = rank_positions(step, self.batch, self.rank, self.ranks)
+            positions = rank_positions(self.gaps.data_step(step), self.batch, self.rank, self.ranks)
             for start in range(0, len(positions), self.micro):
                 yield list(positions[start : start + self.micro])
 
@@ -182,14 +185,14 @@ class Recipe(Protocol):
 
 
 def build_batches(
-    config: Recipe, reader: ShardReader, backbone: Backbone, span: tuple[int, int], accelerator: Accelerator
+    config: Recipe, reader: ShardReader, backbone: Backbone, span: tuple[int, int], accelerator: Accelerator, gaps: Gaps
 ) -> Iterator[Batch]:
     """The micro-batches of this process for the steps of `span`, one after the other."""
     data, ranks = config.loader, accelerator.num_processes
     order = Order(reader.shard_sizes, config.seed, config.order)
     views = (config.views, config.photometric, config.masks)
     maker = ViewMaker(reader, order, config.seed, views, backbone.grid, len(backbone.drops))
-    sampler = MicroBatches(span, data.batch, micro_batch(data, ranks), accelerator.process_index, ranks)
+    sampler = MicroBatches(span, data.batch, micro_batch(data, ranks), accelerator.process_index, ranks, gaps)
     return iter(build_loader(maker, sampler, data, pin=accelerator.device.type == "cuda"))
 
 

@@ -1,4 +1,4 @@
-"""The modules that hold the whole state of the method: student, teacher, centres, the count of skipped steps."""
+"""The modules that hold the whole state of the method: student, teacher, centres, skipped steps, spikes."""
 
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from pretrain.heads import Head, HeadsConfig
 from pretrain.journal import Skipped
 from pretrain.losses import LossesConfig
 from pretrain.photometric import PhotometricConfig
+from pretrain.spikes import Spikes
 from pretrain.stem import synchronised
 from pretrain.student_teacher import Student, build_teacher
 from pretrain.views import ViewsConfig
@@ -41,4 +42,5 @@ def build_modules(config: Recipe, device: torch.device, world: int) -> dict[str,
     kinds = ("cls", "patches") if mim else ("cls",)
     centres = nn.ModuleDict({kind: Centering(config.heads.out_dim, config.centering) for kind in kinds}).to(device)
     teacher = build_teacher(student, config.heads.teacher_shared)
-    return {"student": student, "teacher": teacher, "centres": centres, "skipped": Skipped().to(device)}
+    counts = {"skipped": Skipped().to(device), "spikes": Spikes().to(device)}
+    return {"student": student, "teacher": teacher, "centres": centres, **counts}

@@ -46,11 +46,18 @@ def set_values(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float)
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, config: OptimConfig) -> Tensor:
-    """Shorten gradients to config.clip, each tensor by itself or all together; returns the global norm before."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def clip_gradients(model: nn.Module, config: OptimConfig, each: dict[str, Tensor] | None = None) -> Tensor:
+    """Shorten gradients to config.clip, each tensor by itself or all together; returns the global norm before.
+
+    each: gets the norm before of each parameter that has a gradient, by its name; nothing is read from the device.
+    """
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    gradients = [gradient for _, gradient in named]
     norms = torch.stack(torch._foreach_norm(gradients))
     total = torch.linalg.vector_norm(norms)
+    if each is not None:
+        each.clear()
+        each.update(zip((name for name, _ in named), norms.unbind(), strict=True))
     if config.clip is not None:
         longest = norms if config.clip_by == "parameter" else total.expand(len(gradients))
         torch._foreach_mul_(gradients, (config.clip / (longest + 1e-6)).clamp(max=1.0).unbind())

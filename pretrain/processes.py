@@ -7,13 +7,31 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
 
 from recipes.errors import UserError
 
 # of a collective. Long, because the main process may pack a set while the others wait; once the training runs, ranks.py
 # gives up far earlier
 PATIENCE = timedelta(hours=6)
+
+
+def _meet_again() -> None:
+    """Make the group of processes that torchrun has started once more, where accelerate would make it.
+
+    torchrun keeps the store in which the processes meet, and torch looks there for addresses by names that are the same
+    after a restart: it may find those of the dead and never come together (seen with torch 2.15, gloo). So the names
+    get the number of the restart. Each machine counts its own restarts, so only a launch on one machine can do this.
+    """
+    restarts, world = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
+    if restarts == "0" or world == "1" or os.environ.get("LOCAL_WORLD_SIZE") != world or dist.is_initialized():
+        return
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available()
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    named = dist.PrefixStore(f"restart-{restarts}", store)
+    dist.init_process_group("gloo" if cpu else "nccl", store=named, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def start(precision: str, **settings: Any) -> Accelerator:
@@ -24,6 +42,7 @@ def start(precision: str, **settings: Any) -> Accelerator:
     """
     if precision == "bf16":
         torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 then (prototypes) keeps 10 bits of mantissa
+    _meet_again()
     group = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[group], **settings)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -33,6 +52,15 @@ def start(precision: str, **settings: Any) -> Accelerator:
             f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {wanted} ...`"
         )
     return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, static: bool
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Both for all processes. Every step uses every parameter, which `static` tells torch; its static graph does not go
+    with the pause of the all-reduce in accumulation."""
+    accelerator.ddp_handler = DistributedDataParallelKwargs(static_graph=static, gradient_as_bucket_view=True)
+    return accelerator.prepare(model, optimizer)
 
 
 def end(accelerator: Accelerator) -> None:

@@ -8,14 +8,12 @@ so nobody waits for it and no device is asked, and all come to the same decision
 import contextlib
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -24,17 +22,17 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.heartbeats import Heartbeats, Sign
+from pretrain.heartbeats import Heartbeats, Missing, Sign
+from pretrain.processes import PATIENCE
+from pretrain.slowness import PHASES, Slowness
+from pretrain.stopping import REQUEUE, STOPPED, Stops
 from recipes.errors import Exit
 from recipes.load import Section
 from recipes.whole import write_json
 
 T = TypeVar("T")
-REQUEUE = 75  # EX_TEMPFAIL: stopped, not failed; the same command goes on
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STOPPED = "stopped.json"
-PHASES = ("data", "compute", "checkpoint")
 EVALUATION = "evaluation"  # a phase that may take longer than any step
+LEAVE_S = 60.0  # that the end of a process may take when another one is lost
 
 
 class RanksConfig(Section):
@@ -46,42 +44,6 @@ class RanksConfig(Section):
     slow_steps: int = Field(10, ge=2)  # steps over which that is judged
 
 
-class Slowness:
-    """Which process holds up the others, from the times of the last steps."""
-
-    def __init__(self, config: RanksConfig, hosts: list[str]):
-        self.config, self.hosts = config, hosts
-        self.seen: deque[Tensor] = deque(maxlen=config.slow_steps)
-        self.ringing: set[tuple[int, str]] = set()
-
-    def see(self, times: Tensor) -> list[str]:
-        """times: float64 [R, 4], seconds of a step in each of PHASES and in all; returns sentences about who begins to
-        be slow.
-
-        A process is slow in a phase if its time there, a mean over the last steps without their longest one (a pause),
-        is above the median of the others by a share of the step. The waiting for others, in the collectives of the
-        backward, is in no phase, so the quick ones are not blamed.
-        """
-        self.seen.append(times)
-        if len(self.seen) < self.config.slow_steps:
-            return []
-        window = torch.stack(tuple(self.seen))  # [W, R, 4]
-        mean = (window.sum(0) - window.amax(0)) / (len(window) - 1)
-        step, told, now = float(mean[:, -1].max()), [], set()
-        for column, phase in enumerate(PHASES):
-            for rank, own in enumerate(mean[:, column].tolist()):
-                others = statistics.median(float(t) for r, t in enumerate(mean[:, column]) if r != rank)
-                if own - others > self.config.slow_share * step:
-                    now.add((rank, phase))
-                    if (rank, phase) not in self.ringing:
-                        told.append(
-                            f"rank {rank} on {self.hosts[rank]} is slow in phase {phase}: {own:.3g} s a step, the "
-                            f"others {others:.3g} s, of steps of {step:.3g} s (docs/several_machines.md)"
-                        )
-        self.ringing = now
-        return told
-
-
 class Ranks:
     """`with Ranks(...) as ranks:` around the training. A collective that fails inside because another process is gone
     becomes an Exit that names it."""
@@ -90,8 +52,7 @@ class Ranks:
         self.config, self.out = config, out
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.main, self.device = accelerator.is_main_process, accelerator.device
-        self.asked = 0  # the signal that this process got
-        self.training = False  # a state can be saved
+        self.stops = Stops()
         self.cause: tuple[int, int] | None = None  # rank and signal of the stop that all agreed on
         self.step, self.times = 0, dict.fromkeys(PHASES, 0.0)
         self.began = self.finished = time.monotonic()  # this step; the last one
@@ -101,53 +62,80 @@ class Ranks:
         self.hooks: list[Any] = []
 
     def __enter__(self) -> "Ranks":
-        if self.main:
-            (self.out / STOPPED).unlink(missing_ok=True)
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self.stops.__enter__()
         if self.world > 1:
             self.beats = Heartbeats(self.rank, self.world, self.config.beat_s)
             self.beats.start()
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(timeout=PATIENCE, backend="gloo")
             hosts: list[str] = [""] * self.world
             dist.all_gather_object(hosts, self.beats.host, group=self.group)
-            self.slowness = Slowness(self.config, hosts)
+            self.slowness = Slowness(self.config.slow_share, self.config.slow_steps, hosts)
             self.ended = threading.Event()
             self.watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.watchdog.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in getattr(self, "handlers", {}).items():
-            signal.signal(number, handler)
-        for hook in self.hooks:
-            hook.remove()
-        if self.beats is None:
-            return
-        self.ended.set()
-        try:
+        self.stops.deferred = True  # a launcher that sees another process die sends SIGTERM now
+        lost = None
+        if self.beats is not None:
+            self.ended.set()
             if isinstance(error, RuntimeError):
-                gone, _ = self.beats.missing()
-                if gone:
-                    raise Exit(self._lost(gone), REQUEUE) from error
-            elif self.pending and error is None:
-                self.pending[0].wait()
-        finally:
-            self.beats.stop()
+                lost = self._lost_with(error)
+            self.beats.stop(failed=error is not None)
+        self._unwatch()
+        self.stops.leave(for_good=lost is not None)
+        if lost is not None:
+            raise lost from error
 
-    def _lost(self, gone: list[str]) -> str:
+    def _forget_stop(self) -> None:
+        """The run goes on; not before, as the folder may be that of another process."""
+        if self.main:
+            (self.out / STOPPED).unlink(missing_ok=True)
+
+    def _lost_with(self, error: RuntimeError) -> Exit | None:
+        """What to raise in the place of an error that the loss of another process explains."""
+        missing = self.beats.missing()
+        if not missing.gone:
+            return None
+        told = self._lost(missing.gone, missing)
+        first = (str(error).strip() or "no text").splitlines()[0]
+        told += f" ({type(error).__name__} here: {first[:200]})"
+        self._leave_soon(told)
+        return Exit(told, REQUEUE)
+
+    def _lost(self, gone: list[str], missing: Missing, why: str = "") -> str:
+        """The sentence about what was lost. One of those that are left writes it into the run folder, too, unless
+        somebody left after an error, which may be one that a person must mend."""
+        told = "; ".join(gone)
+        if not missing.failed and self.rank == min((sign.rank for sign in missing.alive), default=1):
+            with contextlib.suppress(OSError):  # the folder may be gone with its host; the screen has the sentence
+                self._note({"lost": told, "told_by": self.rank})
         return (
-            f"error: {'; '.join(gone)}. Rank {self.rank} stops; the same command goes on from the last checkpoint (a "
+            f"error: {why}{told}. Rank {self.rank} stops; the same command goes on from the last checkpoint (a "
             "launcher with --max-restarts does it by itself)"
         )
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if not self.training:  # nothing to save yet, or no longer
-            raise Exit(f"stopped by {signal.Signals(number).name}; the same command goes on", REQUEUE)
-        self.asked = number
+    def _note(self, facts: dict[str, Any]) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        write_json(self.out / STOPPED, {**facts, "step": self.step, "time": now})
+
+    def _leave_soon(self, told: str) -> None:
+        """End the process should its end hang: CUDA waits for the kernels of a collective whose other side is gone."""
+
+        def leave() -> None:
+            print(told, file=sys.stderr, flush=True)
+            os._exit(REQUEUE)
+
+        if self.device.type == "cuda":
+            timer = threading.Timer(LEAVE_S, leave)
+            timer.daemon = True
+            timer.start()
 
     def watch(self, *modules: nn.Module) -> None:
-        """Time the forward passes of these: inside, not around what DDP makes of them, so without any waiting."""
+        """Time the forward passes of these, and of no earlier ones: inside, not around what DDP makes of them, so
+        without any waiting."""
+        self._unwatch()
         cuda = self.device.type == "cuda"
         starts: list[Any] = []
 
@@ -167,6 +155,11 @@ class Ranks:
 
         for module in modules if self.world > 1 else ():
             self.hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def _unwatch(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.forwards = [], []
 
     def _read_events(self) -> None:
         """Add the forward passes that a GPU is through with; the host does not wait for the others."""
@@ -191,7 +184,9 @@ class Ranks:
 
     def waited_for(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; the time until each comes is phase `data`, that until the next one is asked for, `compute`."""
-        self.training, waiting = True, iter(batches)
+        self.began = self.finished = time.monotonic()  # whatever came before was no step
+        self._forget_stop()
+        self.stops.deferred, waiting = True, iter(batches)
         if self.beats:
             self.beats.phase = "compute"
         while True:
@@ -207,27 +202,32 @@ class Ranks:
         now = time.monotonic()
         self.step, self.finished = step, now
         if self.world == 1:
-            self.cause = (0, self.asked) if self.asked else None
+            self.cause = (0, self.stops.asked) if self.stops.asked else None
             return self.cause is not None
         self._read_events()
         self.beats.step = step
-        row = torch.tensor(
-            [self.asked, *(self.times[phase] for phase in PHASES), now - self.began], dtype=torch.float64
-        )
+        times = [self.times[phase] for phase in PHASES]
+        row = torch.tensor([self.stops.asked, *times, now - self.began], dtype=torch.float64)
         self.began, self.times = now, dict.fromkeys(PHASES, 0.0)
-        if self.pending:
-            self.pending[0].wait()
-            rows = torch.stack(self.pending[1])
-            for told in self.slowness.see(rows[:, 1:]):
-                if self.main:
-                    print(f"warning: step {step}: {told}", file=sys.stderr, flush=True)
-            for rank, number in enumerate(rows[:, 0].int().tolist()):
-                if number:
-                    self.pending, self.cause = None, (rank, number)
-                    return True
+        if self._read_exchange():
+            return True
         rows = [torch.empty_like(row) for _ in range(self.world)]
         self.pending = dist.all_gather(rows, row, group=self.group, async_op=True), rows
         return False
+
+    def _read_exchange(self) -> bool:
+        """Read the exchange that is under way, if any, and tell who is slow; whether somebody was asked to stop."""
+        if self.pending is None:
+            return False
+        (work, gathered), self.pending = self.pending, None
+        work.wait()
+        rows = torch.stack(gathered)
+        for told in self.slowness.see(rows[:, 1:]):
+            if self.main:
+                print(f"warning: step {self.step}: {told}", file=sys.stderr, flush=True)
+        asked = [(rank, number) for rank, number in enumerate(rows[:, 0].int().tolist()) if number]
+        self.cause = asked[0] if asked else None
+        return self.cause is not None
 
     def stopped(self) -> Exit:
         """After `stop_after` said so and this process has saved what it saves: waits for the others; what to raise."""
@@ -237,38 +237,40 @@ class Ranks:
         rank, name = self.cause[0], signal.Signals(self.cause[1]).name
         where = f"rank {rank} on {self.slowness.hosts[rank]}" if self.world > 1 else f"process {os.getpid()}"
         if self.main:
-            told = {"signal": name, "rank": rank, "where": where, "step": self.step}
-            write_json(self.out / STOPPED, {**told, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            self._note({"signal": name, "rank": rank, "where": where})
         text = f"stopped after step {self.step} by {name} to {where}; its state is saved, the same command goes on"
         return Exit(text, REQUEUE)
 
     def done(self) -> None:
-        """The training is over: a signal ends the process at once from here on, and steps are not waited for."""
-        self.training = False
+        """The training is over, its last state saved: steps are not waited for any more, and a signal ends the process.
+
+        Raises what `stopped` and a signal raise, if one came in the last steps.
+        """
+        if self._read_exchange():
+            raise self.stopped()
+        self._forget_stop()
         if self.beats:
-            if self.pending:
-                self.pending[0].wait()
-                self.pending = None
             self.ended.set()
+        self.stops.deferred = False
+        if self.stops.asked:
+            raise self.stops.ended()
 
     def _watch(self) -> None:
         """Give up when no step is finished for too long: no collective of NCCL does that by itself."""
         while not self.ended.wait(min(1.0, self.config.timeout_s / 10)):
-            if not self.training or time.monotonic() - self.finished < self.config.timeout_s:
+            if not self._late():
                 continue
-            gone, alive = self.beats.missing()
+            missing = self.beats.missing()
+            gone, alive = missing.gone, missing.alive
             if not gone and any(sign.phase == EVALUATION for sign in alive):
-                continue
-            if self.ended.is_set():
-                return
-            print(
-                self._lost(gone or [_behind(alive)]).replace(
-                    "error: ", f"error: no step for {self.config.timeout_s:g} s: "
-                ),
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(REQUEUE)  # the thread that trains waits in a call that nothing else ends
+                self.finished = time.monotonic()  # the others get their whole time when it is over
+            elif self._late() and not self.ended.is_set():
+                why = f"no step for {self.config.timeout_s:g} s: "
+                print(self._lost(gone or [_behind(alive)], missing, why), file=sys.stderr, flush=True)
+                os._exit(REQUEUE)  # the thread that trains waits in a call that nothing else ends
+
+    def _late(self) -> bool:
+        return self.stops.deferred and time.monotonic() - self.finished > self.config.timeout_s
 
 
 def _behind(alive: list[Sign]) -> str:

@@ -10,13 +10,14 @@ The same command on a run folder that holds a checkpoint goes on from it. The te
 
 import argparse
 import contextlib
+import functools
 import json
 from pathlib import Path
 
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import nn
 
-from pretrain import keeping, optim, processes, schedules, verdict
+from pretrain import gaps, keeping, optim, processes, schedules, verdict
 from pretrain.centering import teacher_targets
 from pretrain.config import PretrainConfig
 from pretrain.journal import BadSamples, Journal
@@ -25,6 +26,7 @@ from pretrain.losses import named_losses
 from pretrain.modules import build_modules
 from pretrain.planning import micro_batch_parts, plan
 from pretrain.ranks import Ranks
+from pretrain.scalars import Scalars
 from pretrain.starting import start_from
 from pretrain.student_teacher import put_back, running_statistics, update_teacher
 from recipes.errors import plain_errors
@@ -32,7 +34,7 @@ from recipes.load import load, recipe_path
 from recipes.progress import Meter
 from recipes.record import RunFolder
 from shards.on_demand import ensure_sets
-from shards.order import check_ranks
+from shards.order import Order, check_ranks
 from shards.reader import ShardReader
 
 # may differ when a run is continued: they do not change what it computes
@@ -57,8 +59,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     """Build the parts, then the loop, which is the method."""
     batch_size, world = config.loader.batch, accelerator.num_processes
     modules = build_modules(config, accelerator.device, world)
-    start = start_from(config.ckpt, modules)
-    planned = plan(config, modules, reader, (world, accelerator.device), out, start)
+    planned = plan(config, modules, reader, (world, accelerator.device), out, start_from(config.ckpt, modules))
     accelerator.print(planned)
     if config.dry_run:
         return
@@ -67,24 +68,22 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     folder = RunFolder.open(out, config, accelerator.is_main_process, may_differ=free, facts={"processes": world})
     accelerator.init_trackers("tensorboard")
     plain = optim.build_optimizer(modules["student"], config.optim)
-    recipe = config.model_dump(mode="json"), free
-    found = keeping.resume(out / "checkpoints", modules, (modules["student"], [plain]), recipe, accelerator)
+    recipe, trained = (config.model_dump(mode="json"), free), (modules["student"], [plain])
+    found = keeping.resume(out / "checkpoints", modules, trained, recipe, config.checkpoint.keep, accelerator)
     first = found["samples"] // batch_size if found else 0
     folder.rewind(first - 1)
-    # every step uses every parameter; torch's static graph does not go with the pause of its all-reduce in accumulation
-    static = accumulation == 1
-    accelerator.ddp_handler = DistributedDataParallelKwargs(static_graph=static, gradient_as_bucket_view=True)
-    student, optimizer = accelerator.prepare(modules["student"], plain)
+    student, optimizer = processes.prepare(accelerator, modules["student"], plain, static=accumulation == 1)
     ranks.watch(modules["teacher"], modules["student"])
-    span = first, steps
-    batches = ranks.waited_for(build_batches(config, reader, modules["student"].backbone, span, accelerator))
+    span, left_out = (first, steps), gaps.begin(out, modules["spikes"], accelerator)
+    made = build_batches(config, reader, modules["student"].backbone, span, accelerator, left_out)
     keeper = keeping.Keeper(out, config.checkpoint, steps, steps_per_epoch, batch_size, recipe[0])
     facts = {"normalize": {"mean": config.photometric.mean, "std": config.photometric.std}, "seed": config.seed}
     meter = Meter(steps * batch_size, "pretrain", start=first * batch_size, silent=not accelerator.is_main_process)
     every, bad = (config.log_every, batch_size), BadSamples(config.loader.max_bad, len(reader))
     rates = (planned.flops_per_image, planned.peak and planned.peak * world)
     journal = Journal(folder, accelerator, meter, every, bad, modules, config.health, rates)
-    with meter:
+    batches = ranks.waited_for(made)
+    with meter, keeper:
         for step in range(first, steps):
             now = schedules.at(step, steps, steps_per_epoch, batch_size, config.schedules)
             optim.set_values(optimizer, now.lr, now.weight_decay)
@@ -99,7 +98,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
                 journal.collect(losses, (targets, seen, guessed), 1 / accumulation)
             if now.freeze_last_layer:
                 optim.freeze_last_layer(student)
-            norm = optim.clip_gradients(student, config.optim)
+            norm = optim.clip_gradients(student, config.optim, journal.gradients)
             finite = journal.check(norm)  # where it is False, nothing below changes a bit of the state
             optim.step(optimizer, finite)
             update_teacher(modules["teacher"], modules["student"], now.momentum, finite)
@@ -108,12 +107,12 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
             put_back(statistics, finite)
             journal.record(step, {**now._asdict(), "grad_norm": norm})
             stop = ranks.stop_after(step + 1)
-            if accelerator.is_main_process:
-                with ranks.phase("checkpoint"):
-                    keeper.after(step + 1, modules, plain, facts, stop)
+            with ranks.phase("checkpoint"):
+                keeper.after(step + 1, modules, plain, facts, stop)
             if stop:
                 raise ranks.stopped()
     ranks.done()
+    folder.close()
     accelerator.print(f"teacher: {out / 'teacher'}")
     verdict.conclude(config, out, accelerator)
 
@@ -121,13 +120,15 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
 def main() -> None:
     """Entry point."""
     config, out = arguments()
-    with processes.running(config.precision, log_with="tensorboard", project_dir=str(out)) as accelerator:
+    with processes.running(config.precision, log_with=Scalars(out / "tensorboard")) as accelerator:
         check_ranks(accelerator.num_processes, config.loader.batch, config.order.lanes)
         data = config.loader
         ensure_sets(data.shards, data.draw, accelerator.is_main_process, accelerator.wait_for_everyone)
         reader = ShardReader(data.shards, data.splits, data.keep, config.cache)
+        order = Order(reader.shard_sizes, config.seed, config.order)
         with Ranks(config.ranks, accelerator, out) as ranks:
-            train(config, out, accelerator, reader, ranks)
+            attempt = functools.partial(train, config, out, accelerator, reader, ranks)
+            gaps.through(attempt, out, order, data.batch, config.health, accelerator)
 
 
 if __name__ == "__main__":

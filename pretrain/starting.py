@@ -30,22 +30,22 @@ def _copy(module: nn.Module, tensors: dict[str, Tensor], ckpt: str) -> None:
 def start_from(ckpt: str, modules: dict[str, nn.Module]) -> str:
     """Load `ckpt` into fresh modules (student, teacher, centres) and tell in a sentence what was taken.
 
-    ckpt: "none"; the run folder of a pretraining (then student and teacher both get its teacher with the heads, the
-    student also the mask embedding, and the centres go on); an exported teacher (then the heads stay fresh); or what
-    foreign.py reads (then student and teacher get the backbone, and heads and centres if the file has those of this
-    recipe).
+    ckpt: "none"; the run folder of a pretraining (then student and teacher both get the teacher of its newest sound
+    checkpoint with the heads, the student also the mask embedding, and the centres go on); an exported teacher (then
+    the heads stay fresh); or what foreign.py reads (then student and teacher get the backbone, and heads and centres if
+    the file has those of this recipe).
     """
     if ckpt == SCRATCH:
         return "random weights"
     ckpt = hub.local(ckpt)
     if foreign.is_foreign(ckpt):
         return _start_from_foreign(ckpt, modules)
-    states = checkpoint.states(Path(ckpt) / "checkpoints")
-    if not states:
+    state = checkpoint.newest_sound(Path(ckpt) / "checkpoints")
+    if state is None:
         backbone, _ = checkpoint.load_backbone(Path(ckpt), _arguments(modules["student"]))
         _take_backbone(backbone, modules)
         return f"the backbone of {ckpt}, fresh heads"
-    tensors = checkpoint.read_state(states[-1])[0]
+    tensors = checkpoint.read_state(state)[0]
     parts = {name: {} for name in ("student", "teacher", "centres")}
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
@@ -60,7 +60,7 @@ def start_from(ckpt: str, modules: dict[str, nn.Module]) -> str:
     _copy(modules["student"], parts["teacher"] | masks, ckpt)
     _copy(modules["teacher"], parts["teacher"], ckpt)
     _copy(modules["centres"], parts["centres"], ckpt)
-    return f"teacher, heads and centres of {states[-1]}"
+    return f"teacher, heads and centres of {state}"
 
 
 def _arguments(student: nn.Module) -> dict:

@@ -6,6 +6,7 @@ whether the difference is more than chance. It is a statement about the images, 
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 
-from pretrain import checkpoint
+from pretrain import checkpoint, committed
 from pretrain.agreement import VIEWS, Agreement, Images, Probe, choose_images, measure
 from pretrain.backbone import Backbone, timm_arguments
 from pretrain.loader import LoaderConfig
@@ -138,13 +139,30 @@ def losses_of(run: Path) -> tuple[float, float] | None:
     return sum(found[:tenth]) / tenth, sum(found[-tenth:]) / tenth
 
 
+def samples_of(teacher: Path) -> int:
+    """Samples that an exported teacher has seen. Damaged (a UserError) where its files are not what was written."""
+    facts = committed.read_facts(teacher / checkpoint.CONFIG, sealed=False)
+    if committed.FILES in facts:  # before there were sums, a model had none
+        committed.check_files(teacher, facts)
+    if type(facts.get("samples")) is not int:
+        raise committed.Damaged(f"{teacher / checkpoint.CONFIG} does not tell the samples that the teacher has seen")
+    return facts["samples"]
+
+
 def teachers_of(run: Path) -> list[Path]:
-    """The exported teachers of a run in the order of their epochs; a snapshot that the last one repeats is left out."""
+    """The exported teachers of a run in the order of their epochs; a snapshot that the last one repeats is left out.
+
+    So is one that is damaged, with a warning. UserError where the last teacher is, or where there are none.
+    """
     found = {}
-    for folder in [run / "teacher", *(run / "teachers").glob("epoch-*")]:
+    for folder in [run / "teacher", *sorted((run / "teachers").glob("epoch-*"))]:
         if (folder / checkpoint.WEIGHTS).is_file():
-            facts = json.loads((folder / checkpoint.CONFIG).read_text(encoding="utf-8"))
-            found.setdefault(facts["samples"], folder)
+            try:
+                found.setdefault(samples_of(folder), folder)
+            except committed.Damaged as error:
+                if folder.parent == run:
+                    raise
+                print(f"warning: {folder} is left out of the verdict: {error}", file=sys.stderr, flush=True)
     if not found:
         raise UserError(
             f"{run} holds no teacher: expected {run / 'teacher'} or {run / 'teachers'}/epoch-*, which pretrain/run.py "

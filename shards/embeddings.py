@@ -6,6 +6,7 @@ never read as half old, half new. Rows may be as many as LUPerson has: blocks ar
 be mapped instead of read.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from recipes.errors import UserError
-from recipes.record import write_json
+from recipes.errors import UserError, naming
+from recipes.whole import plain
 
 TABLE = "table.json"
 FORMAT_VERSION = 1
@@ -141,14 +142,28 @@ def write_table(
             rows += len(block)
         assert rows == shape[0], f"{rows} rows for {shape}"
 
+    table = {"format_version": FORMAT_VERSION, "rows": shape[0], "dim": shape[1], "dtype": dtype, "facts": facts}
+    columns = {**dict(zip(LABELS, labels, strict=True)), "keys": keys.names}
+    drafts = {"features.npy": features} | {
+        f"{name}.npy": functools.partial(np.save, arr=np.ascontiguousarray(column), allow_pickle=False)
+        for name, column in columns.items()
+    }
+    drafts[TABLE] = lambda file: file.write(json.dumps(plain(table), indent=2, allow_nan=False).encode() + b"\n")
+    beside = {name: folder / f".{name}.{os.getpid()}.tmp" for name in drafts}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TABLE).unlink(missing_ok=True)
-        _write(folder / "features.npy", features)
-        for name, column in (*zip(LABELS, labels, strict=True), ("keys", keys.names)):
-            write_array(folder / f"{name}.npy", column)
-        table = {"format_version": FORMAT_VERSION, "rows": shape[0], "dim": shape[1], "dtype": dtype, "facts": facts}
-        write_json(folder / TABLE, table)
+        try:
+            for name, write in drafts.items():
+                with naming(folder / name), open(beside[name], "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            (folder / TABLE).unlink(missing_ok=True)
+            for name, draft in beside.items():  # the table last; from here on nothing needs room on the disk
+                os.replace(draft, folder / name)
+        finally:
+            for draft in beside.values():
+                draft.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"embedding table {folder} cannot be written: {error.strerror or error}") from error
 

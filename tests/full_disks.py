@@ -131,3 +131,31 @@ def note_files(file: str, folder: str, module: str, steps: list[int]) -> None:
             log.write(json.dumps(found) + "\n")
 
     _after_lines(module, dict.fromkeys(steps, note))
+
+
+def impatient() -> None:
+    """Do not wait for a lock."""
+    locks.PATIENCE_S = 0.0
+
+
+def vanish(path: str, module: str, step: int) -> None:
+    """A folder is deleted after step `step`, counted from 0."""
+    _after_lines(module, {step: functools.partial(shutil.rmtree, path)})
+
+
+def cut_short(path: str, module: str, step: int) -> None:
+    """A file loses its second half after step `step`, counted from 0."""
+    _after_lines(module, {step: lambda: os.truncate(path, os.path.getsize(path) // 2)})
+
+
+def vanish_when_open(path: str) -> None:
+    """A shard is deleted when the reader of its set has been made, before the first sample is read."""
+    from shards.reader import ShardReader
+
+    begin = ShardReader.__init__
+
+    def begun(self: Any, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
+        os.unlink(path)
+
+    ShardReader.__init__ = begun

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import small
 import torch
 from forked import PATIENCE_S, Prepare, Run, Server
 from safetensors.torch import load_file
+
+from pretrain.ranks import REQUEUE
 
 Line = Callable[[Path], list[str]]  # run folder -> command
 
@@ -28,6 +31,7 @@ class Kill:
     name: str  # kills of a name are counted together
     prepare: Prepare = ()
     act: Callable[[Run, Path], None] = lambda run, _: None
+    status: int = -signal.SIGKILL  # with which the run ends
 
 
 def until(run: Run, true: Callable[[], bool]) -> bool:
@@ -78,6 +82,17 @@ def after_an_epoch(steps: int) -> Kill:
                 run.kill()
 
     return Kill("an epoch's end", act=act)
+
+
+def stopped(number: int, seconds: float) -> Kill:
+    """Asked to stop by a signal, so long after the first new state; it saves, and may be started again."""
+
+    def act(run: Run, out: Path) -> None:
+        if _new_state(run, out, newest(out)):
+            time.sleep(seconds)
+            run.send(number)
+
+    return Kill(f"by {signal.Signals(number).name}", act=act, status=REQUEUE)
 
 
 def at_point(name: str, begin: int | str, number: int, when: str, trace: Path) -> Kill:
@@ -141,7 +156,7 @@ class Campaign:
                 assert tries <= len(kills), f"{left[0].name}: runs are through before it"
                 out = self.fresh()
                 continue
-            assert status == -9, f"{status}: {run.told()}"
+            assert status == left[0].status, f"{status}: {run.told()}"
             self.counts[left.pop(0).name] += 1
         run = self.start(out)
         assert run.wait() == 0, run.told()
@@ -156,7 +171,7 @@ class Campaign:
     def told(self) -> str:
         """The counts in a few words."""
         kinds = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        return f"{kinds}; {len(self.outs)} runs, each equal to the last bit"
+        return f"{kinds}; {len(self.outs)} runs in all"
 
 
 def compare(out: Path, alone: Path, files: Sequence[str]) -> tuple[int, int]:

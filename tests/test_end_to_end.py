@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from pretrain.centering import teacher_targets
 from pretrain.checkpoint import load_backbone
 from pretrain.config import PretrainConfig
+from pretrain.gaps import Gaps
+from pretrain.loader import build_batches
 from pretrain.losses import named_losses
 from pretrain.modules import build_modules
-from pretrain.run import build_batches
 from recipes.load import load
 from shards.embeddings import EmbeddingTable
 from shards.reader import ShardReader
@@ -69,7 +70,7 @@ def test_without_prototypes_both_terms_are_exactly_ln_k(chain):
     config = load(PretrainConfig, "pretrain/smoke.yaml", given)
     modules = build_modules(config, torch.device("cpu"), 1)
     reader = ShardReader(config.loader.shards, config.loader.splits)
-    batch = next(build_batches(config, reader, modules["student"].backbone, (0, 1), Accelerator()))
+    batch = next(build_batches(config, reader, modules["student"].backbone, (0, 1), Accelerator(), Gaps()))
     assert batch.masks.flatten(2).any(-1).all(), "a view without a mask adds nothing to the mean"
     with torch.no_grad():
         for name in ("student", "teacher"):

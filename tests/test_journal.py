@@ -1,26 +1,17 @@
 """What a run writes and when, without waiting for the device in between; what stops it."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from made_steps import STEPS, B, D, K, Run
+from waiting import Reads
 
-from pretrain.centering import Centering, CenteringConfig
-from pretrain.health import HealthConfig
-from pretrain.journal import BadSamples, Journal, Skipped
+from pretrain.journal import BadSamples
 from pretrain.losses import Guessed, Logits
 from pretrain.student_teacher import Seen
 from recipes.errors import UserError
-from recipes.progress import Meter
-from recipes.record import RunFolder
-
-K, D, B, STEPS = 16, 8, 6, 128
 
 
 @pytest.fixture(autouse=True)
@@ -28,66 +19,6 @@ def accelerator_state():
     """The next test's Accelerator is not to inherit the settings of this one."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class NoReading(TorchDispatchMode):
-    """Fails where the host would wait for a GPU: it reads a number, or a size that depends on values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"), name
-        return func(*args, **kwargs or {})
-
-
-class Replaced:
-    """A batch of which `count` samples were damaged."""
-
-    def __init__(self, count: int):
-        self.replaced = torch.full((B,), -1)
-        self.replaced[:count] = 5
-
-    def to(self, device: torch.device) -> "Replaced":
-        return self
-
-
-class Run:
-    """A journal and what it needs; steps whose values are made up."""
-
-    def __init__(self, out: Path, every: int = 7, first: int = 0, most_bad: float = 0.5, rates=None, **health):
-        self.skipped = Skipped()
-        centres = nn.ModuleDict({"cls": Centering(K, CenteringConfig())})
-        meter = Meter(STEPS * B, "test", start=first * B, silent=True)
-        self.out, self.config = out, HealthConfig(**health)
-        self.journal = Journal(
-            RunFolder.open(out, CenteringConfig(), main=True),
-            Accelerator(cpu=True),
-            meter,
-            (every, B),
-            BadSamples(most_bad, 100),
-            {"centres": centres, "skipped": self.skipped},
-            self.config,
-            rates,
-        )
-
-    def step(self, step: int, loss: float = 2.0, norm: float = 1.0, teacher: float = 0.0, bad: int = 0) -> bool:
-        """One step of two micro-batches; whether it was finite."""
-        for half, _ in enumerate(self.journal.waited_for(iter([Replaced(bad), Replaced(0)]), 2)):
-            made = torch.Generator().manual_seed(2 * step + half)
-            targets = torch.softmax(torch.randn(2, B, K, generator=made), dim=-1)
-            features = torch.randn(2, B, D, generator=made)
-            seen = Seen(Logits(targets, None), torch.full((K,), 1 + teacher), None, features)
-            losses = {"loss": torch.tensor(loss + half), "loss_cls": torch.tensor(1.0 + half)}
-            forward = (Logits(targets, None), seen, Guessed(targets, None, None, features))
-            self.journal.collect(losses, forward, 0.5)
-        finite = self.journal.check(torch.tensor(norm))
-        assert isinstance(finite, Tensor)
-        assert (finite.shape, finite.dtype) == ((), torch.bool)
-        self.journal.record(step, {"lr": 0.1, "teacher_temperature": 0.04, "grad_norm": torch.tensor(norm)})
-        return bool(finite)
-
-    @property
-    def lines(self) -> list[dict]:
-        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_share_of_what_was_seen_but_of_an_epoch_at_least():
@@ -133,28 +64,24 @@ def test_which_steps_are_written(tmp_path):
     assert not {"mfu", "not_finite"} & line.keys()
 
 
-def test_nothing_is_read_of_the_other_steps(tmp_path, monkeypatch):
+def test_nothing_is_read_of_the_other_steps(tmp_path):
     run = Run(tmp_path)
-    run.step(0)
-    values = {"lr": 0.1, "teacher_temperature": 0.04}
-    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"{name} of a tensor"))
-    for step in range(1, 7):
-        targets, features = torch.full((2, B, K), 1 / K), torch.ones(2, B, D)
-        forward = (
-            Logits(targets, None),
-            Seen(Logits(targets, None), torch.ones(K), None, features),
-            Guessed(targets, None, None, features),
-        )
-        run.journal.losses = {}
-        with NoReading():
+    with Reads() as reads:
+        for step in range(15):
+            reads.stage = "line" if step % 7 == 0 or step == 10 else "between"
+            targets, features = torch.full((2, B, K), 1 / K), torch.ones(2, B, D)
+            forward = (
+                Logits(targets, None),
+                Seen(Logits(targets, None), torch.ones(K), None, features),
+                Guessed(targets, None, None, features),
+            )
+            run.journal.losses, run.journal.health, run.journal.outputs = {}, {}, torch.zeros(())
             run.journal.collect({"loss": torch.ones(()), "loss_cls": torch.ones(())}, forward, 1.0)
             norm = torch.full((), math.nan if step == 3 else 1.0)
             run.journal.check(norm)
-            run.journal.record(step, {**values, "grad_norm": norm})
-    monkeypatch.undo()
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
-        run.step(7)
+            run.journal.record(step, {"lr": 0.1, "teacher_temperature": 0.04, "grad_norm": norm})
+    assert reads.who("between") == set()
+    assert {"journal.py:_read", "journal.py:_stop", "spikes.py:look"} <= reads.who("line")
     assert int(run.skipped.total) == 1
 
 
@@ -186,32 +113,6 @@ def test_a_step_that_is_not_finite(tmp_path, capsys, fault, names):
     assert (after["loss"], after["grad_norm"]) == (2.5, 1.0), "what was skipped poisons nothing"
     assert "alarms" not in after
     assert capsys.readouterr().err.startswith("alarm skipped_steps at step 2: 2 step(s) since the line before were")
-
-
-def test_too_many_in_a_row_stop_the_run(tmp_path):
-    run = Run(tmp_path, every=1, max_skipped=2)
-    run.step(0, loss=math.nan)
-    run.step(1, loss=math.nan)
-    run.step(2)
-    run.step(3, norm=math.nan)
-    run.step(4, norm=math.nan)
-    with pytest.raises(UserError) as caught:
-        run.step(5, norm=math.nan)
-    assert str(caught.value) == (
-        "step 5: 3 steps in a row were skipped, more than health.max_skipped = 2, because of values that are not "
-        "finite (grad_norm); begin a new run with a lower schedules.lr, heads.norm_last_layer=true or "
-        f"schedules.teacher_temperature=0.04, from scratch or from --ckpt {tmp_path}"
-    )
-    assert run.lines[-1]["skipped_steps"] == 5, "the line is there although the run stops"
-
-
-def test_a_stop_names_what_failed_between_the_lines(tmp_path):
-    run = Run(tmp_path, every=4, max_skipped=2)
-    run.step(0)
-    for step in (1, 2, 3):
-        run.step(step, loss=math.nan)
-    with pytest.raises(UserError, match=r"4 steps in a row .*\(loss, grad_norm\)"):
-        run.step(4, norm=math.nan)
 
 
 def test_damaged_samples_are_counted_over_the_steps(tmp_path):

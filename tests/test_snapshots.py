@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pretrain import checkpoint
+from pretrain import committed
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.keeping import Keeper
@@ -31,13 +31,22 @@ def teacher() -> nn.Module:
     return module
 
 
-def train(out: Path, teacher: nn.Module, first: int, last: int, config: CheckpointConfig = CONFIG) -> None:
+def train(
+    out: Path,
+    teacher: nn.Module,
+    first: int,
+    last: int,
+    config: CheckpointConfig = CONFIG,
+    per_epoch: float = PER_EPOCH,
+) -> None:
     """Steps first..last (counted from 1); the teacher of step s is full of s."""
-    keeper = Keeper(out, config, STEPS, PER_EPOCH, BATCH)
+    keeper, student = Keeper(out, config, STEPS, per_epoch, BATCH), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for step in range(first, last + 1):
         for parameter in teacher.parameters():
             nn.init.constant_(parameter, step)
-        keeper.after(step, {"teacher": teacher}, None, {"seed": 3})
+        keeper.after(step, {"student": student, "teacher": teacher}, optimizer, {"seed": 3})
+    keeper.close()
 
 
 def steps_of(out: Path) -> list[int]:
@@ -88,18 +97,18 @@ def test_killed_at_any_point_and_started_again(teacher, tmp_path, monkeypatch, w
         raise Killed
 
     def half_deleted(path: Path, **_: object) -> None:
-        for file in list(path.iterdir())[:1] if path.is_dir() and path.name.endswith(".old") else ():
+        for file in list(path.iterdir())[:1] if path.is_dir() and path.name.endswith(".gone") else ():
             file.unlink()
             raise Killed
         real_rmtree(path, ignore_errors=True)
 
     real_rmtree = shutil.rmtree
     if where == "before the weights":
-        monkeypatch.setattr(checkpoint, "save_file", killed)
+        monkeypatch.setattr(committed, "save_file", killed)
     elif where == "before the name":
         monkeypatch.setattr(Path, "rename", killed)
     elif where == "before the old one goes":
-        monkeypatch.setattr(checkpoint, "_discard", killed)
+        monkeypatch.setattr(committed, "discard", killed)
     else:
         monkeypatch.setattr(shutil, "rmtree", half_deleted)
     with pytest.raises(Killed):
@@ -119,9 +128,7 @@ def test_a_finer_one_never_takes_the_name_of_one_that_stays(teacher, tmp_path):
     config = CheckpointConfig(
         every_epochs=100, teacher_every_epochs=0.002, teacher_newest_every_epochs=0.003, teacher_newest=1
     )
-    keeper = Keeper(tmp_path, config, STEPS, 1000.0, BATCH)
-    for step in (1, 2, 3):
-        keeper.after(step, {"teacher": teacher}, None, {})
+    train(tmp_path, teacher, 1, 3, config, per_epoch=1000.0)
     (folder,) = (tmp_path / "teachers").iterdir()
     told = json.loads((folder / "config.json").read_text())
     assert (told["kept"], told["samples"]) == ("always", 2 * BATCH)

@@ -83,7 +83,7 @@ def test_a_run_goes_on_through_a_full_disk_and_ends_as_if_nothing_had_been(forks
 
 
 @pytest.mark.row("R9")
-@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("read_only", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_three_failed_saves_in_a_row_end_the_run_with_one_sentence(forks, crops, alone, tmp_path, figures, read_only):
     full = {"module": PRETRAIN, "first": 5, "last": None, "read_only": read_only}
     command = small.arguments("pretrain/run.py", Path("DISK/run"), crops, *SETTINGS, *NOW)

@@ -57,13 +57,13 @@ def slope(measured: list[dict], values: list[float]) -> float:
 
 @pytest.mark.row("R20")
 def test_some_hundred_steps(forks, crops, tmp_path):
-    run = start(forks, tmp_path, crops, 400)
+    run = start(forks, tmp_path, crops, 300)
     assert run.wait() == 0, run.told()
     assert run.gone(), "its worker has ended"
-    assert lost_and_wrong(tmp_path, crops, 400) == (0, 0)
+    assert lost_and_wrong(tmp_path, crops, 300) == (0, 0)
     measured = lines(tmp_path / "measured")
     assert len({line["files"] for line in measured[1:]}) == 1
-    assert measured[-1]["mb"] - measured[1]["mb"] < 30, "MB over 200 steps; the long test holds the slope"
+    assert measured[-1]["mb"] - measured[1]["mb"] < 30, "MB over 100 steps; the long test holds the slope"
 
 
 @pytest.mark.soak
