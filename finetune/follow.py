@@ -12,7 +12,6 @@ OUT, RUN/follow/<set> by default.
 Killed at any moment, the same command goes on: what is in OUT/scores is not scored again.
 """
 
-import contextlib
 import json
 import shutil
 import sys
@@ -25,6 +24,7 @@ from finetune import confidence
 from finetune.curve import TUNED, best_of, deciding, publish
 from finetune.metrics import Retrieval
 from finetune.short_finetune import SETTINGS, ShortFinetune, digest
+from pretrain import committed
 from pretrain.checkpoint import CONFIG, WEIGHTS
 from recipes import locks
 from recipes.errors import UserError
@@ -49,17 +49,19 @@ def snapshots(run: Path) -> list[Snapshot]:
     """
     found: dict[int, Snapshot] = {}
     for folder in [run / "teacher", *sorted((run / "teachers").glob("epoch-*"))]:
-        with contextlib.suppress(FileNotFoundError):
-            facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            if not (folder / WEIGHTS).is_file():
+        try:
+            facts = committed.read_facts(folder / CONFIG, sealed=False)
+        except committed.Damaged:
+            if not (folder / CONFIG).exists():
                 continue
-            try:
-                one = Snapshot(folder, int(facts["samples"]), float(facts["epochs"]), facts.get("kept") == "newest")
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{folder / CONFIG} does not tell samples and epochs; export the teacher again"
-                ) from error
-            found.setdefault(one.samples, one)
+            raise
+        if not (folder / WEIGHTS).is_file():
+            continue
+        try:
+            one = Snapshot(folder, int(facts["samples"]), float(facts["epochs"]), facts.get("kept") == "newest")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / CONFIG} does not tell samples and epochs; export the teacher again") from error
+        found.setdefault(one.samples, one)
     return [found[samples] for samples in sorted(found)]
 
 

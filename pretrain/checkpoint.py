@@ -1,7 +1,7 @@
 """The full state of a run for resume, and the teacher as an exported model.
 
 A checkpoint is a folder `samples-<n>` with `tensors.safetensors` and `manifest.json`, a model one with
-`model.safetensors` and `config.json`; committed.py says how they come to lie there whole, and how damage is found.
+`model.safetensors` and `config.json`; committed.py says how they come to lie there whole, how damage is found.
 """
 
 import re
@@ -101,8 +101,7 @@ def save_state(
 
 def states(folder: Path) -> list[Path]:
     """Complete states in a folder, oldest first; whether they are sound is not looked at."""
-    found = folder.glob("samples-*") if folder.is_dir() else []
-    return sorted(path for path in found if re.fullmatch(r"samples-\d{12}", path.name))
+    return sorted(path for path in folder.glob("samples-*") if re.fullmatch(r"samples-\d{12}", path.name))
 
 
 def facts_of(state: Path) -> dict[str, Any]:
@@ -123,15 +122,17 @@ def facts_of(state: Path) -> dict[str, Any]:
 def check_state(state: Path) -> dict[str, Any]:
     """The facts of a state whose files are all what was written. Damaged, or UserError, as `facts_of`."""
     facts = facts_of(state)
+    if facts.get("samples") != int(state.name.removeprefix("samples-")):
+        raise committed.Damaged(f"{state} is damaged (it holds the state of {facts.get('samples')} samples)")
     if facts["format_version"] > 1:
         committed.check_files(state, facts)
     return facts
 
 
 def newest_sound(folder: Path, aside: bool = False) -> Path | None:
-    """The newest state that is what was written; None where there is no state at all.
+    """The newest state that is what was written; None where there is none. UserError where all are damaged.
 
-    Newer ones that are damaged are named on the screen, and moved out of the way if `aside`. UserError when all are.
+    Newer ones that are damaged are named on the screen, and moved out of the way if `aside`.
     """
     faults = []
     for state in reversed(states(folder)):
@@ -169,10 +170,9 @@ def read_state(state: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_state(
     state: Path, modules: Mapping[str, nn.Module], trained: Trained, recipe: Recipe | None = None
 ) -> dict[str, Any]:
-    """Restore what `write_state` wrote; returns its facts, "samples" among them.
+    """Restore what `write_state` wrote; returns its facts, "samples" among them. UserError where it does not fit.
 
-    recipe: what this run computes; a state that tells another one is refused with all that differs. UserError where the
-    state is damaged or does not fit.
+    recipe: what this run computes; a state that tells another one is refused with all that differs.
     """
     tensors, facts = read_state(state)
     if recipe and "recipe" in facts and (told := differences(facts["recipe"], *recipe)):
@@ -189,8 +189,8 @@ def load_state(
                 f"checkpoint {state} was written by another version of this project ({first}); choose another --out, "
                 f"and give --ckpt {state.parent.parent} to go on from its teacher"
             ) from error
-    own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
     try:
+        own = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         load_optimizers(trained[1], trained[0], own)
     except KeyError as error:
         raise UserError(f"checkpoint {state}: its optimiser knows {error}, which the model has not") from error

@@ -114,7 +114,7 @@ def _whole(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide the system's error in their own
         told = str(error).splitlines()[0]
-        if "inline_container" not in told and "os error" not in told:
+        if not any(mark in told for mark in ("inline_container", "iostream error", "os error")):
             raise
         raise UserError(f"{path} could not be written ({told}); make room there, or choose another --out") from error
     finally:

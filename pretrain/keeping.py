@@ -60,9 +60,10 @@ class Keeper:
         snapshot, newest = self.out / "teachers" / f"epoch-{epochs:07.2f}", self.config.teacher_newest_every_epochs
         if self._due(step, self.config.teacher_every_epochs):
             found.append((snapshot, {"kept": "always"}))
-        # a name may be taken by one that is kept for ever, a hundredth of an epoch ago
-        elif newest and self._due(step, newest) and not snapshot.exists():
-            found.append((snapshot, {"kept": "newest"}))
+        elif newest and self._due(step, newest):
+            self.writer.wait()  # the name may be taken by one that is kept for ever, and still under way
+            if not snapshot.exists():
+                found.append((snapshot, {"kept": "newest"}))
         if step == self.steps:
             found.append((self.out / "teacher", {}))
         return found

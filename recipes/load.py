@@ -2,6 +2,9 @@
 
 Unknown keys are refused with the nearest known name, values are checked against the type and range that the part
 states, `section.key=value` overrides come from the command line, and the resolved recipe can be written back.
+
+A recipe is text, numbers, lists and sections. Tags (`!!python/...`) and anchors (`&a`, `*a`) are refused: the first ask
+for objects, and with the second a short file can stand for a tree that fits into no memory.
 """
 
 import difflib
@@ -24,6 +27,8 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+LONGEST = 1 << 19  # bytes of a recipe; its tree takes some 300 times as much memory
+SHOWN = 200  # characters of a wrong value that are repeated in the error
 
 
 def recipe_path(name: str) -> Path:
@@ -34,9 +39,17 @@ def recipe_path(name: str) -> Path:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-6` as text and `on` as true; here numbers are numbers and only true/false are booleans."""
 
+    def _refuse(self) -> None:
+        what = f"{self.peek()!r} begins a tag or an anchor, which no recipe needs; put text in quotes"
+        raise yaml.scanner.ScannerError(None, None, what, self.get_mark())
+
+    fetch_tag = fetch_anchor = fetch_alias = _refuse
+
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(("bool", "float", "timestamp"))]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if not tag.endswith(("bool", "float", "timestamp", "merge", "value"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _NUMBER = r"^[-+]?(?:[0-9]+\.[0-9]*(?:e[-+]?[0-9]+)?|\.[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+|\.inf|\.nan)$"
@@ -46,6 +59,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER, re.
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that this reader, or plain YAML 1.1, would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _Dumper.yaml_implicit_resolvers = {
@@ -57,8 +73,19 @@ _Dumper.yaml_implicit_resolvers = {
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass, builds no objects
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:  # an integer of 5,000 digits, or one of `0b_`, is a ValueError
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())[:400]}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is no recipe: lists or sections lie in one another without end") from error
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > LONGEST:
+        raise UserError(f"recipe {path} has {path.stat().st_size:,} bytes; no recipe is longer than {LONGEST:,}")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _override(tree: dict[str, Any], assignment: str) -> None:
@@ -95,16 +122,25 @@ def _known_keys(model: type[Section], location: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
+def _shown(value: Any) -> str:
+    """A value for an error; Python refuses to write an integer of more than 4,300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} with an integer of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def _sentence(model: type[Section], error: Any, where: str) -> str:
-    dotted = ".".join(str(part) for part in error["loc"]) or "the recipe"
+    dotted = ".".join(str(part) for part in error["loc"])[:SHOWN] or "the recipe"
     if error["type"] == "extra_forbidden":
         known = _known_keys(model, error["loc"])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(error["loc"][-1])[:SHOWN], known, n=1, cutoff=0.0)
         hint = f"; the nearest known key is {near[0]!r}" if near else ""
         return f"{where}: unknown key {dotted!r}{hint}"
     if error["type"] == "missing":
         return f"{where}: key {dotted!r} is missing"
-    return f"{where}: {dotted} = {error['input']!r} is refused: {error['msg']}"
+    return f"{where}: {dotted} = {_shown(error['input'])} is refused: {error['msg']}"
 
 
 def validate(model: type[S], tree: Any, where: str) -> S:
@@ -131,7 +167,7 @@ def load(model: type[S], path: Path | str, overrides: list[str] | tuple[str, ...
         if not shipped.is_file():
             raise UserError(f"recipe {path} does not exist; shipped recipes lie under {recipe_path('')}")
         path = shipped
-    tree = _parse(path.read_text(), f"recipe {path}") or {}
+    tree = _parse(_text(path), f"recipe {path}") or {}
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} must hold sections and keys, not {type(tree).__name__}")
     for assignment in overrides:

@@ -6,14 +6,16 @@
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint, losses, student_teacher
+from pretrain import checkpoint, committed, gaps, losses, student_teacher
 from pretrain.batch import Batch
+from pretrain.gaps import Gaps
 from pretrain.journal import Journal
 from pretrain.keeping import Keeper
 from pretrain.losses import Guessed, Logits
@@ -99,6 +101,37 @@ def spoil(batches: list[list[int]], factor: float, patch: Patch = setattr) -> No
         return guessed._replace(cls=guessed.cls * factor) if any(rows <= each for each in bad) else guessed
 
     patch(Student, "forward", forward)
+
+
+def leave_out(spans: list[list[int]]) -> None:
+    """These batches were left out before the first step, whatever the run folder tells."""
+    known = Gaps([{"batches": span} for span in spans])
+    Gaps.read = staticmethod(lambda out: known)
+
+
+def die_in_roll_back(call: int) -> None:
+    """SIGKILL on the main process in its first roll-back: 0 before states are deleted, 1 between that and the list of
+    what is left out, 2 after it is written."""
+    real, parts = gaps.roll_back, [(committed, "discard", 0), (Gaps, "write", 1), (gaps, "_on_main", 2)]
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def roll_back(*given: Any) -> None:
+        owner, name, number = parts[call]
+        act = getattr(owner, name)
+
+        def acting(*inner: Any) -> Any:
+            if number < 2:
+                die()
+            act(*inner)
+            die()
+
+        setattr(owner, name, acting)
+        real(*given)
+
+    if rank() == 0:
+        gaps.roll_back = roll_back
 
 
 def states(show: Callable[[int, dict[str, Tensor]], None], patch: Patch = setattr) -> None:

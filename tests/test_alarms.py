@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import small
+import together
 
 # 4.75 epochs of 8 steps = 38 steps of the small ViT with the centring of the paper
 SHORT = ["schedules.epochs=4.75", "centering.kind=centre"]
@@ -26,6 +27,7 @@ def alarms(out: Path) -> dict[str, int]:
     return first
 
 
+@pytest.mark.row("R14")
 @pytest.mark.parametrize(
     "made, log_every, alarm, cause",
     [
@@ -39,7 +41,7 @@ def alarms(out: Path) -> dict[str, int]:
         (STUCK, 10, "no_centring", "the centre takes away 0.0% of the mean logits"),
     ],
 )
-def test_a_collapse_is_told_within_50_steps(crops, tmp_path, capsys, made, log_every, alarm, cause):
+def test_a_collapse_is_told_within_50_steps(crops, tmp_path, capsys, figures, made, log_every, alarm, cause):
     out = tmp_path / "run"
     settings = [*SHORT, *made, f"log_every={log_every}"]
     assert small.run(small.arguments("pretrain/run.py", out, crops, *settings)) == 0
@@ -51,6 +53,8 @@ def test_a_collapse_is_told_within_50_steps(crops, tmp_path, capsys, made, log_e
     last = small.metrics(out)[-1]
     assert last["teacher_entropy_share"] < 0.05
     assert (last["mean_entropy"] < 0.5) == (made != COLD)
+    note = f"{alarm} at step {begun[alarm]}"
+    figures("R14", injected=f"collapse by {made[-1]}", times=1, lost=0, wrong=0, note=note)
 
 
 def test_before_anything_is_learned_it_is_the_centre_that_tells(crops, tmp_path):
@@ -84,19 +88,13 @@ def test_a_sound_run_is_quiet(crops, tmp_path, capsys, name):
     assert small.metrics(out)[-1]["step"] == 37
 
 
-def test_on_collapse_stop_with_two_processes(crops, tmp_path):
+def test_on_collapse_stop_with_two_processes(crops, tmp_path, forks):
     """The main process alone keeps the watch; both stop at the same step, and none waits for the other."""
     command = small.arguments("pretrain/run.py", tmp_path / "run", crops, *SHORT, *COLD, "health.on_collapse=stop")
     command += ["health.first_step=1", "health.lasting=1"]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": small.free_port(), "WORLD_SIZE": "2"}
-    place |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    both = [small.start(command, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
-    try:
-        told = [process.communicate(timeout=100)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [2, 2]
+    both = together.start(forks, command, 2)
+    assert together.wait(both) == {2}
+    told = [process.told() for process in both]
     sentences = [[line for line in text.splitlines() if line.startswith("error: ")] for text in told]
     assert sentences[0] == sentences[1]
     assert sentences[0][0].startswith("error: step 2: hard_targets: each image gets one hard prototype")

@@ -2,13 +2,15 @@
 
 import json
 
+import full_disks
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from pretrain import checkpoint, committed
+from finetune import stored_calibration
+from pretrain import checkpoint, committed, exporting, verdict
 from pretrain.student_teacher import build_teacher
 from recipes.errors import UserError
 
@@ -124,3 +126,54 @@ def test_weights_that_do_not_belong_to_the_config_are_told(teacher, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"do not belong together: .*Missing key.*norm\.weight"):
         checkpoint.load_backbone(tmp_path)
+
+
+@pytest.mark.row("R9")
+@pytest.mark.parametrize("layout", ["timm", "dino", "dino with its head", "hub"])
+def test_a_disk_that_refuses_an_export_is_told_and_nothing_half_is_left(teacher, tmp_path, figures, layout):
+    """So that the same command, which wants an empty folder, works when there is room."""
+    backbone, out = teacher.backbone, tmp_path / "out"
+    normalize = {"normalize": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    act = {
+        "timm": lambda: exporting.to_timm(out, backbone),
+        "dino": lambda: exporting.to_dino(out, backbone, {}, {}),
+        "dino with its head": lambda: exporting.to_dino(
+            out, backbone, teacher.head.state_dict(), {"cls": torch.zeros(64)}
+        ),
+        "hub": lambda: exporting.to_hub(out, backbone, normalize, "nothing"),
+    }[layout]
+    act()
+    (size,) = (path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".pth"))
+    for path in out.iterdir():
+        path.unlink()
+    limits = [0, 1, size // 3, size - 1]
+    for limit in limits:
+        with full_disks.files_of_at_most(limit), pytest.raises(UserError, match=r"out/.*could not be written .*room"):
+            act()
+        assert list(out.iterdir()) == []
+    figures("R9", injected=f"convert.py --to {layout} cut off", times=len(limits), lost=0, wrong=0)
+    act()
+
+
+def test_the_verdict_leaves_a_damaged_snapshot_out(teacher, tmp_path, capsys):
+    for folder, samples in (("teachers/epoch-0001.00", 8), ("teachers/epoch-0002.00", 16), ("teacher", 16)):
+        checkpoint.save_teacher(tmp_path / folder, teacher.backbone, {"samples": samples, "epochs": samples / 8})
+    first, last = tmp_path / "teachers" / "epoch-0001.00", tmp_path / "teacher"
+    assert verdict.teachers_of(tmp_path) == [first, last]
+    data = bytearray((first / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (first / "model.safetensors").write_bytes(data)
+    assert verdict.teachers_of(tmp_path) == [last]
+    told = f"warning: {first} is left out of the verdict: {first / 'model.safetensors'} is damaged (its checksum is"
+    assert capsys.readouterr().err.startswith(told)
+    (last / "config.json").write_text("{ no")
+    with pytest.raises(committed.Damaged, match=r"teacher/config\.json is damaged"):
+        verdict.teachers_of(tmp_path)
+
+
+def test_a_calibration_is_not_stored_in_a_damaged_model(teacher, tmp_path):
+    checkpoint.save_teacher(tmp_path, teacher.backbone, {})
+    assert stored_calibration.own_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "config.json").write_text('{"kind": "back')
+    with pytest.raises(committed.Damaged, match=r"config\.json is damaged \(Unterminated string"):
+        stored_calibration.own_folder(str(tmp_path))

@@ -139,7 +139,7 @@ def test_one_process_of_two(crops, tmp_path, forks, figures):
     for before, after in itertools.pairwise(first):
         same = {part for part in KINDS if before["sums"][part] == after["sums"][part]}
         wrong += same != (KINDS if after["step"] in bad else set())
-    figures("R13", injected="not finite: loss of one process of two", times=5, lost=0, wrong=wrong)
+    figures("R13", injected="not finite: loss of one process of two", times=4, lost=0, wrong=wrong)
     assert not wrong
     dumps_tell_whose_fault_it_is(out / "faults", read_rows(crops))
     lines = small.metrics(out)

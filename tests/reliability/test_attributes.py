@@ -47,11 +47,12 @@ DERIVED = {
     **dict.fromkeys(("Writer.buffers", "Writer.thread", "Writer.title", "Writer.needed"), "a save under way"),
     **dict.fromkeys(("Writer.error", "Writer.failed"), "what the disk said to this process"),
     **{"Scalars.file": "a file of this process"},
-    **{"Lines.end": "the length of a file", "Lines.waiting": "lines for a full disk"},
+    **dict.fromkeys(("Appended.end", "Lines.end"), "the length of a file"),
+    **{"Lines.waiting": "lines for a full disk"},
     **dict.fromkeys(("PackedSplit.files", "PackedSplit.rows", "PackedSplit.lock"), "open files"),
     **dict.fromkeys(("PackedSplit.most_open", "PackedSplit.unpack"), "follows from the set"),
     **{"Backbone._resizing": "constants by the size of crops", "Pooling.tried": "of the first call"},
-    **{"Tensor.grad": STEP},
+    **{"Tensor.grad": STEP, "AdamW.found_inf": STEP, "Ranks.forwards": "clocks of a GPU"},
 }
 
 

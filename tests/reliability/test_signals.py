@@ -1,57 +1,30 @@
 """R10: a signal to any process stops all of them after the same step, with a state on disk and an exit code to requeue.
 
-R12: a process that holds up the others is named, with the phase that takes it so long.
+Launchers and job systems send it to whole groups of processes, so the workers of the loader get it, too.
 """
 
-import json
+import contextlib
+import itertools
+import os
 import signal
-import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import small
-import torch
-from safetensors.torch import load_file
+import together
+from forked import Run
+from killing import compare, until
 
 from pretrain import checkpoint
 from pretrain.ranks import REQUEUE
 
 # 8 steps of 16 an epoch; no state is due before the end
-LONG = ["schedules.epochs=5", "checkpoint.every_epochs=5", "views.local_count=1"]
+PRETRAIN = ["checkpoint.every_epochs=20", "views.local_count=1"]
+FINETUNE = ["resume.every_epochs=40", "optim.kind=adamw", "benchmark.strips=0"]  # 3 steps an epoch
 SOON_S = 10.0
-
-
-def pair(command: list[str], before: str = "", folder: Path | None = None) -> list[subprocess.Popen]:
-    """Two processes of one run. before: Python that each runs first; `rank` is there."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": small.free_port(), "WORLD_SIZE": "2"}
-    place |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    if before:
-        script = folder / "launched.py"
-        head = "import os, runpy, sys, time\nrank = int(os.environ['RANK'])\nsys.argv = sys.argv[1:]\n"
-        script.write_text(f"{head}{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-        command = [str(script), *command]
-    return [small.start(command, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
-
-
-def ended(both: list[subprocess.Popen], within: float = 60.0) -> list[tuple[int, str]]:
-    """Exit status and standard error of each."""
-    try:
-        told = [process.communicate(timeout=within)[1] for process in both]
-    except subprocess.TimeoutExpired:
-        for process in both:
-            process.kill()
-        pytest.fail(f"a process is still there after {within} s")
-    return [(process.returncode, text) for process, text in zip(both, told, strict=True)]
-
-
-def wait_for_lines(out: Path, both: list[subprocess.Popen], lines: int) -> None:
-    """Until the run has written so many lines."""
-    deadline = time.monotonic() + 120
-    while len(small.complete_lines(out)) < lines:
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in both), ended(both)
-        time.sleep(0.01)
+MODELS = {"pretrain": "teacher/model.safetensors", "finetune": "model/model.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -59,133 +32,147 @@ def crops(tmp_path_factory) -> Path:
     return small.drawn(tmp_path_factory.getbasetemp(), small.UNLABELED)
 
 
-def same_teacher(one: Path, other: Path) -> bool:
-    a, b = (load_file(out / "teacher" / "model.safetensors") for out in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Path:
+    return small.drawn(tmp_path_factory.getbasetemp(), small.LABELLED)
 
 
-def stopped(crops: Path, out: Path, name: str, whom: int, lines: int) -> float:
-    """Start two processes, send one of them the signal after so many lines; seconds until both have left."""
-    both = pair(small.arguments("pretrain/run.py", out, crops, *LONG))
-    wait_for_lines(out, both, lines)
+def send(run: Run, name: str, group: bool) -> None:
+    """The signal to a process of a run, or to it and its loader workers."""
+    (os.killpg if group else os.kill)(run.pid, getattr(signal, name))
+
+
+def stopped(runs: Sequence[Run], out: Path, name: str, whom: int, group: bool = False) -> float:
+    """Send the signal to one of the processes when two more steps are done; seconds until all have left.
+
+    Asserts that they left after the same step, that its state is saved, and what they tell.
+    """
+    before = len(small.complete_lines(out))
+    assert until(runs[0], lambda: len(small.complete_lines(out)) >= before + 2), runs[0].told()
     start = time.monotonic()
-    both[whom].send_signal(getattr(signal, name))
-    told = ended(both)
+    send(runs[whom], name, group)
+    assert together.wait(runs) == {REQUEUE}, "\n".join(run.told() for run in runs)
     took = time.monotonic() - start
-    steps = [json.loads(line)["step"] + 1 for line in small.complete_lines(out)]
-    state = checkpoint.states(out / "checkpoints")[-1]
-    assert checkpoint.check_state(state)["samples"] == steps[-1] * 16, "the state of the last step that was done"
-    for status, text in told:
-        assert status == REQUEUE, text[-2000:]
-        assert f"stopped after step {steps[-1]} by {name} to rank {whom} on " in text
+    steps = small.metrics(out)[-1]["step"] + 1
+    facts = checkpoint.check_state(checkpoint.states(out / "checkpoints")[-1])
+    assert facts.get("step", facts["samples"] // 16) == steps, "the state of the last step that was done"
+    told = f"stopped after step {steps} by {name} to " + (f"rank {whom} on " if len(runs) > 1 else "process ")
+    assert all(told in run.told() for run in runs)
     note = small.json_of(out / "stopped.json")
-    assert (note["signal"], note["rank"], note["step"]) == (name, whom, steps[-1])
+    assert (note["signal"], note["rank"], note["step"]) == (name, whom, steps)
+    assert all(run.gone() for run in runs), "no loader worker is left"
     return took
 
 
+def ended(runs: Sequence[Run], out: Path, alone: Path, kind: str) -> tuple[int, int]:
+    """Let a run go on to its end; lines and files that it lacks, and that differ from those of an undisturbed one."""
+    assert together.wait(runs) == {0}, "\n".join(run.told() for run in runs)
+    assert not (out / "stopped.json").exists()
+    last = checkpoint.states(alone / "checkpoints")[-1].relative_to(alone)
+    return compare(out, alone, [MODELS[kind], f"{last}/{checkpoint.TENSORS}"])
+
+
 @pytest.mark.row("R10")
-def test_a_signal_to_one_of_two_stops_both(crops, tmp_path, figures):
-    took = stopped(crops, tmp_path / "run", "SIGUSR1", 1, 4)
+def test_a_signal_to_one_of_two_and_its_workers_stops_both(forks, crops, tmp_path, figures):
+    out = tmp_path / "run"
+    command = small.arguments("pretrain/run.py", out, crops, *PRETRAIN, "schedules.epochs=20", "loader.workers=1")
+    took = stopped(together.start(forks, command, 2), out, "SIGTERM", 1, group=True)
+    figures("R10", injected="SIGTERM to rank 1 of 2", times=1, lost=0, wrong=0, note=f"both left in {took:.1f} s")
     assert took < SOON_S
-    figures("R10", injected="SIGUSR1 to rank 1 of 2", times=1, lost=0, wrong=0, note=f"both left within {took:.1f} s")
+
+
+@pytest.mark.row("R10")
+def test_more_signals_change_nothing(forks, crops, tmp_path):
+    out = tmp_path / "run"
+    run = forks.start(small.arguments("pretrain/run.py", out, crops, *PRETRAIN, "schedules.epochs=20"))
+    assert until(run, lambda: len(small.complete_lines(out)) >= 2), run.told()
+    while run.poll() is None:
+        run.send(signal.SIGTERM)  # also while it saves and leaves
+        time.sleep(0.001)
+    assert run.wait() == REQUEUE, run.told()
+    assert len(checkpoint.states(out / "checkpoints")) == 1
+
+
+def test_a_signal_before_the_training_ends_it_at_once(forks, crops, tmp_path):
+    out = tmp_path / "run"
+    slow = [("lateness", "be_late", {"phase": "plan", "rank": 0, "seconds": 30.0})]
+    run = forks.start(small.arguments("pretrain/run.py", out, crops, *PRETRAIN), slow)
+    assert until(run, lambda: run.output.exists() and "late in plan" in run.told()), run.told()
+    run.send(signal.SIGTERM)
+    assert run.wait(20) == REQUEUE
+    assert "stopped by SIGTERM; the same command goes on" in run.told()
+
+
+@pytest.mark.row("R10")
+def test_a_fine_tune_stops_inside_its_epoch_and_ends_the_same(forks, people, tmp_path, figures):
+    alone, out, settings = tmp_path / "alone", tmp_path / "run", [*FINETUNE, "optim.epochs=8"]
+    command, whole = (small.arguments("finetune/run.py", to, people, *settings, ckpt="none") for to in (out, alone))
+    assert forks.start(whole).wait() == 0
+    took = stopped([forks.start(command)], out, "SIGUSR1", 0)
+    lost, wrong = ended([forks.start(command)], out, alone, "finetune")
+    figures("R10", injected="SIGUSR1 to a fine-tune", times=1, lost=lost, wrong=wrong, note=f"left in {took:.1f} s")
+    assert (lost, wrong) == (0, 0)
+
+
+WAYS = list(itertools.product(("SIGTERM", "SIGUSR1"), (0, 1), (False, True)))  # signal, rank, with its workers
 
 
 @pytest.mark.soak
 @pytest.mark.row("R10")
-def test_stopped_many_times_and_ended_as_if_never(crops, tmp_path, figures):
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_stopped_in_all_ways_and_ended_as_if_never(kind, forks, crops, people, tmp_path, figures):
     alone, out, took = tmp_path / "alone", tmp_path / "run", []
-    assert [status for status, _ in ended(pair(small.arguments("pretrain/run.py", alone, crops, *LONG)), 120)] == [0, 0]
-    turns = [("SIGTERM", 1), ("SIGUSR1", 0), ("SIGUSR1", 1), ("SIGTERM", 0)]
-    for turn, (name, whom) in enumerate(turns * 2):
-        took.append(stopped(crops, out, name, whom, 4 * turn + 4))
-        assert len(small.metrics(out)) < 40, "stopped before the end"
+
+    def start(to: Path, workers: int) -> list[Run]:
+        if kind == "pretrain":
+            more = [*PRETRAIN, "schedules.epochs=16", f"loader.workers={workers}"]
+            return together.start(forks, small.arguments("pretrain/run.py", to, crops, *more), 2)
+        more = [*FINETUNE, "optim.epochs=40", f"benchmark.workers={workers}"]
+        return together.start(forks, small.arguments("finetune/run.py", to, people, *more, ckpt="none"), 2)
+
+    assert together.wait(start(alone, 0)) == {0}
+    for name, whom, group in WAYS + WAYS[::-1]:
+        took.append(stopped(start(out, 2 if group else 0), out, name, whom, group))
+    assert len(small.metrics(out)) < len(small.metrics(alone)), "stopped before the end"
+    lost, wrong = ended(start(out, 1), out, alone, kind)
+    note = f"all left in {min(took):.1f} to {max(took):.1f} s, the run ended bit-equal"
+    figures("R10", injected=f"{kind}, any signal to any of 2", times=len(took), lost=lost, wrong=wrong, note=note)
+    assert (lost, wrong) == (0, 0)
     assert max(took) < SOON_S
-    told = ended(pair(small.arguments("pretrain/run.py", out, crops, *LONG)), 120)
-    assert [status for status, _ in told] == [0, 0], told[0][1][-2000:]
-    assert not (out / "stopped.json").exists()
-    assert small.repeatable(small.metrics(out)) == small.repeatable(small.metrics(alone))
-    assert same_teacher(out, alone)
-    note = f"left within {min(took):.1f} to {max(took):.1f} s, the run ended bit-equal"
-    figures("R10", injected="SIGTERM, SIGUSR1 to rank 0 or 1 of 2", times=len(took), lost=0, wrong=0, note=note)
 
 
-@pytest.mark.row("R10")
-def test_one_process_stops_too_and_a_second_signal_changes_nothing(crops, tmp_path):
-    out = tmp_path / "run"
-    process = small.start(small.arguments("pretrain/run.py", out, crops, *LONG))
-    wait_for_lines(out, [process], 3)
-    for _ in range(3):
-        process.send_signal(signal.SIGTERM)
-    ((status, text),) = ended([process])
-    assert status == REQUEUE, text[-2000:]
-    assert len(checkpoint.states(out / "checkpoints")) == 1
-
-
-FINETUNE = ["optim.epochs=40", "resume.every_epochs=40", "optim.kind=adamw"]
-
-
-@pytest.mark.row("R10")
-def test_a_fine_tune_stops_inside_its_epoch_and_ends_the_same(tmp_path_factory, tmp_path, figures):
-    people = small.drawn(tmp_path_factory.getbasetemp(), small.LABELLED)
-
-    def command(out: Path) -> list[str]:
-        return small.arguments("finetune/run.py", out, people, *FINETUNE, ckpt="none")
-
-    whole, out, batches = tmp_path / "whole", tmp_path / "run", set()
-    assert small.run(command(whole)) == 0
-    for lines in (10, 32, 52):
-        process = small.start(command(out))
-        wait_for_lines(out, [process], lines)
-        process.send_signal(signal.SIGTERM)
-        ((status, text),) = ended([process])
-        assert status == REQUEUE, text[-2000:]
-        batches.add(checkpoint.facts_of(checkpoint.states(out / "checkpoints")[-1])["batch"])
-    assert small.run(command(out)) == 0
-    assert small.metrics(out) == small.metrics(whole)
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (out, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    figures("R10", injected="SIGTERM to a fine-tune", times=3, lost=0, wrong=0, note=f"after batches {sorted(batches)}")
-
-
-# 20 ms a step; the second process is late in one phase
-SLEEPS = {
-    "data": "from pretrain.loader import ViewMaker as C\nname = '__getitems__'",
-    "compute": "from pretrain.student_teacher import Student as C\nname = 'forward'",
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+    "accelerate launch": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"),
+        "--main_process_port",
+    ],
 }
-LATE = """
-real, seconds = getattr(C, name), {seconds}
-
-def late(self, *given, **named):
-    if rank == 1:
-        time.sleep(seconds)
-    return real(self, *given, **named)
-
-setattr(C, name, late)
-"""
 
 
-@pytest.mark.row("R12")
-@pytest.mark.parametrize("phase", SLEEPS)
-def test_a_slow_process_is_named_within_20_steps(crops, tmp_path, figures, phase):
+@pytest.mark.soak
+@pytest.mark.row("R10")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_signal_to_the_launcher_stops_what_it_launched(launcher, crops, tmp_path, figures):
     out = tmp_path / "run"
-    command = small.arguments("pretrain/run.py", out, crops, "schedules.epochs=2.5", "views.local_count=1")
-    told = ended(pair(command, SLEEPS[phase] + LATE.format(seconds=0.3), tmp_path))
-    assert [status for status, _ in told] == [0, 0], told[0][1][-2000:]
-    warnings = [line for line in told[0][1].splitlines() if "is slow in phase" in line]
-    assert len(warnings) == 1, told[0][1][-2000:]
-    step, _, rest = warnings[0].removeprefix("warning: step ").partition(": ")
-    assert int(step) <= 20
-    assert rest.startswith("rank 1 on ")
-    assert f"is slow in phase {phase}" in rest
-    assert "is slow" not in told[1][1], "the main process tells it"
-    figures(
-        "R12", injected=f"0.3 s of sleep a step on rank 1, {phase}", times=1, lost=0, wrong=0, note=f"at step {step}"
-    )
-
-
-@pytest.mark.row("R12")
-def test_equal_processes_are_not_named(crops, tmp_path):
-    command = small.arguments("pretrain/run.py", tmp_path / "run", crops, "schedules.epochs=2.5", "views.local_count=1")
-    for status, text in ended(pair(command)):
-        assert status == 0
-        assert "is slow in phase data" not in text
+    command = small.arguments("pretrain/run.py", out, crops, *PRETRAIN, "schedules.epochs=40", "loader.workers=2")
+    launched = small.start(["-m", *LAUNCHERS[launcher], small.free_port(), *command], ACCELERATE_USE_CPU="true")
+    try:
+        while len(small.complete_lines(out)) < 4:
+            assert launched.poll() is None, launched.communicate()
+            time.sleep(0.01)
+        start = time.monotonic()
+        launched.terminate()
+        told = launched.communicate(timeout=60)[1]
+        took = time.monotonic() - start
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launched.pid, signal.SIGKILL)
+        launched.wait()
+    assert launched.returncode == 1, "the launcher has its own exit code"
+    steps = small.metrics(out)[-1]["step"] + 1
+    assert told.count(f"stopped after step {steps} by SIGTERM to rank ") == 2, told
+    assert checkpoint.check_state(checkpoint.states(out / "checkpoints")[-1])["samples"] == steps * 16
+    assert small.json_of(out / "stopped.json")["step"] == steps
+    figures("R10", injected=f"SIGTERM to {launcher}", times=1, lost=0, wrong=0, note=f"all left in {took:.1f} s")
+    assert took < SOON_S
