@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 ENDED, FAILED = "ended", "failed"  # phases of a process that left, without and with an error
-READ_S = 5.0  # seconds that the store may take to answer
+READ_S = 3.0  # seconds that the store may take to answer
 
 
 class Sign(NamedTuple):
@@ -110,10 +110,11 @@ class Heartbeats:
         return answer[0] if answer else None
 
     def missing(self) -> Missing:
-        """Who of all processes is gone or without a sign. Takes three beats, and at most twice READ_S more."""
-        before = self._read_soon()
-        time.sleep(3 * self.every_s)
-        after = before and self._read_soon()
+        """Who of all processes is gone or without a sign. Takes three beats, or READ_S where the store is gone."""
+        after = before = self._read_soon()
+        if before:
+            time.sleep(3 * self.every_s)
+            after = self._read_soon()
         if not after:
             return Missing(["rank 0, in whose process or on whose host the processes met, is gone"], [])
         gone, alive, failed = [], [], False

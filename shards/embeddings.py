@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from recipes import plain_json
 from recipes.errors import UserError, naming
 from recipes.whole import plain
+from shards import arrays
 
 TABLE = "table.json"
 FORMAT_VERSION = 1
@@ -81,15 +83,18 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def read_array(path: Path, dtypes: Sequence[Any], mapped: bool = False) -> np.ndarray:
     """An array of one of the types, or of kind "S" for `bytes`. UserError if it is missing, damaged or of another."""
     try:
-        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        with open(path, "rb") as file:
+            found = arrays.check_size(file).dtype
+        if not any(found.kind == "S" if dtype is bytes else found == dtype for dtype in dtypes):
+            expected = " or ".join("bytes" if dtype is bytes else str(np.dtype(dtype)) for dtype in dtypes)
+            raise UserError(f"{path} holds {found}, expected {expected}; write it again")
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except UserError:  # a ValueError, too
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} lacks {path.name}; write it again") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable .npy file ({error}); write it again") from error
-    if not any(array.dtype.kind == "S" if dtype is bytes else array.dtype == dtype for dtype in dtypes):
-        expected = " or ".join("bytes" if dtype is bytes else str(np.dtype(dtype)) for dtype in dtypes)
-        raise UserError(f"{path} holds {array.dtype}, expected {expected}; write it again")
-    return array
 
 
 def read_facts(path: Path, what: str) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def read_facts(path: Path, what: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{what} {folder} does not exist")
     try:
-        tree = json.loads(path.read_bytes())
+        tree = plain_json.parse(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} has no {path.name}: it is no {what}, or its writing was cut off; write it again"

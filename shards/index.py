@@ -6,7 +6,6 @@ here: webdataset's own stream ends without a word when the cut falls on a member
 
 import json
 import os
-import tokenize
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from recipes.errors import UserError
+from shards import arrays
 from shards.members import Fault, Member, Tar
+from shards.raw.split_files import SAMPLE_LIMIT
 from shards.schema import UNKNOWN
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -24,8 +25,6 @@ META_SUFFIXES = ("json", "txt")  # in order of preference; a .txt is taken as on
 IMAGES, METAS = ([suffix.encode() for suffix in suffixes] for suffixes in (IMAGE_SUFFIXES, META_SUFFIXES))
 META_LIMIT = 1 << 20  # bytes of the label fields of a sample
 KEY_LIMIT = 1024  # bytes; all rows of an index are as long as the longest key asks for
-# what numpy raises for the header of a damaged .npy, which it reads as Python
-DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError, tokenize.TokenError)
 FIELDS = [
     ("shard", "<u4"),  # position of the tar in the list that the index was built from
     ("offset", "<u8"),  # bytes from the start of the tar to the encoded image
@@ -42,6 +41,14 @@ FIELDS = [
 def row_type(key_bytes: int) -> np.dtype:
     """The record type of an index whose longest key has `key_bytes` bytes of UTF-8."""
     return np.dtype([*FIELDS, ("key", f"S{max(1, key_bytes)}")])
+
+
+def is_row_type(found: np.dtype) -> bool:
+    """Whether this is `row_type` of some key that a set may have."""
+    if found.names is None or "key" not in found.names:
+        return False
+    width = found["key"].itemsize
+    return 0 < width <= KEY_LIMIT and found == row_type(width)
 
 
 def read_meta(data: bytes, origin: str = "a sample") -> tuple[int, int, tuple[str, ...]]:
@@ -62,7 +69,7 @@ def read_meta(data: bytes, origin: str = "a sample") -> tuple[int, int, tuple[st
         if value is not None and (type(value) is not int or value.bit_length() > bits):
             raise UserError(f"{origin} has {name} {value!r:.80} in its json; an integer is expected")
     captions = tree.get("captions", tree.get("caption")) or ()
-    captions = (captions,) if isinstance(captions, str) else captions
+    captions = (captions,) if isinstance(captions, str) else captions if isinstance(captions, list) else ()
     pid, camid = (UNKNOWN if value is None else value for value in labels)
     return pid, camid, tuple(str(caption) for caption in captions)
 
@@ -128,7 +135,7 @@ def _take(group: _Group, suffix: bytes, member: Member, tar: Tar) -> None:
         if group.image[1]:
             images = ", ".join(sorted(each.decode() for each in group.suffixes if each in IMAGES))
             group.fault = "two images", f"sample {group.shown} has two images ({images})"
-        elif member.size >= 1 << 32:
+        elif member.size > SAMPLE_LIMIT:
             group.fault = "too large", f"sample {group.shown} has an image of {member.size} bytes"
         else:
             group.image = member.offset, member.size, tar.crc32(member.offset, member.size)
@@ -242,11 +249,14 @@ def load(path: Path | str) -> np.ndarray:
     """Map an index into memory (read-only). UserError naming the file if it is missing or no index of ours."""
     path = Path(path)
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:
+            header = arrays.check_size(file)
+        if len(header.shape) != 1 or not is_row_type(header.dtype):
+            raise UserError(f"index {path} does not hold the fields of a sample index; build the set again")
+        return np.load(path, mmap_mode="r" if header.shape[0] else None, allow_pickle=False)
+    except UserError:  # a ValueError, too
+        raise
     except FileNotFoundError as error:
         raise UserError(f"index {path} does not exist") from error
-    except (OSError, *DAMAGE) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"index {path} is damaged ({error}); build the set again") from error
-    if rows.ndim != 1 or rows.dtype != row_type(rows.dtype["key"].itemsize if "key" in (rows.dtype.names or ()) else 1):
-        raise UserError(f"index {path} does not hold the fields of a sample index; build the set again")
-    return rows

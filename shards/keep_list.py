@@ -10,17 +10,21 @@ A name belongs to a key if one is the end of the other, in whole parts of a path
 
 import io
 import json
+import lzma
 import os
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from recipes import plain_json
 from recipes.errors import UserError
+from shards import arrays
 from shards.embeddings import Keys
 from shards.name_lists import read_names, write_names
 from shards.raw.walking import IMAGE_ENDINGS, make_key
@@ -29,6 +33,8 @@ NAMES = (".pkl", ".txt")
 KINDS = (".npz", *NAMES)
 SOURCE = re.compile(r"s\d+/.")  # how keys of a set of several sources begin
 BLOCK = 100_000  # names that are shortened at a time
+FACTS = 1 << 22  # bytes of the facts of a .npz
+ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError)  # what a damaged zip raises beside the usual
 
 
 class Reader(Protocol):
@@ -47,17 +53,30 @@ def check_kind(path: Path) -> str:
     return path.suffix.lower()
 
 
+def _stored(path: Path, samples: int) -> tuple[np.ndarray, Any]:
+    """Rows and facts of a .npz. Of its zip no more is unpacked than such a list may have. ValueError and its like."""
+    limits = {"rows.npy": 8 * samples + FACTS, "facts.npy": FACTS}
+    if path.stat().st_size > sum(limits.values()) + FACTS:
+        raise ValueError(f"it has more bytes than a list of {samples:,} samples may have")
+    with zipfile.ZipFile(path) as archive:
+        for name, most in limits.items():
+            if archive.getinfo(name).file_size > most:
+                raise ValueError(f"its {name} is larger than that of {samples:,} samples may be")
+        rows, facts = (arrays.from_bytes(archive.read(name)) for name in limits)
+    return rows, plain_json.parse(str(facts).encode())["set"]
+
+
 def _rows_of_npz(path: Path, reader: Reader) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            rows, facts = stored["rows"], json.loads(str(stored["facts"]))
-            found = facts["set"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        rows, found = _stored(path, len(reader))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, *ZIP) as error:
         raise UserError(
-            f"{path} is no keep-list of shards/cfs_keep.py, or damaged ({error}); write it again"
+            f"{path} is no keep-list of shards/cfs_keep.py, or damaged ({str(error)[:300]}); write it again"
         ) from error
     if found != reader.identity:
-        raise UserError(f"keep-list {path} belongs to the set {found}, not to {reader.identity}; make one for this set")
+        raise UserError(
+            f"keep-list {path} belongs to the set {str(found)[:300]}, not to {reader.identity}; make one for this set"
+        )
     if rows.dtype != np.int64 or rows.ndim != 1 or not len(rows):
         raise UserError(f"{path} holds no rows; write it again")
     rows = np.unique(rows)
@@ -66,19 +85,22 @@ def _rows_of_npz(path: Path, reader: Reader) -> np.ndarray:
     return rows
 
 
-def _encoded(names: Sequence[str], rows: np.ndarray, stripped: bool) -> np.ndarray:
-    """The names at `rows` as keys are written, bytes [rows]; stripped: without the suffix of an image."""
+def _encoded(names: Sequence[str], rows: np.ndarray, stripped: bool, longest: int) -> np.ndarray:
+    """The names at `rows` as keys are written, bytes [rows]; stripped: without the suffix of an image.
+
+    longest: bytes of the longest key. Of a longer name only the end can be one, so the rest of it is left out.
+    """
 
     def clean() -> Iterator[bytes]:
         for row in rows:
             name = names[row]
             if stripped and name.lower().endswith(IMAGE_ENDINGS):
                 name = name[: name.rindex(".")]
-            yield make_key(name.removeprefix("./").lstrip("/")).encode("utf-8", "surrogateescape")
+            yield make_key(name.removeprefix("./").lstrip("/")).encode("utf-8", "surrogateescape")[-longest - 1 :]
 
     # cleaning never makes a name longer
     width = max((len(name) if name.isascii() else 4 * len(name) for name in names), default=1)
-    return np.fromiter(clean(), f"S{max(width, 1)}", len(rows))
+    return np.fromiter(clean(), f"S{min(max(width, 1), longest + 1)}", len(rows))
 
 
 def _without_first(names: np.ndarray) -> np.ndarray:
@@ -145,7 +167,7 @@ def find_rows(names: Sequence[str], keys: np.ndarray) -> np.ndarray:
         todo = np.flatnonzero(rows < 0)
         if not stripped:
             todo = np.array([row for row in todo if names[row].lower().endswith(IMAGE_ENDINGS)], np.int64)
-        ours = _encoded(names, todo, stripped)
+        ours = _encoded(names, todo, stripped, keys.dtype.itemsize)
         for left, right in _meanings(ours, keys):
             open_ = np.flatnonzero(rows[todo] < 0)
             if not len(open_):
@@ -160,7 +182,10 @@ def _rows_of_names(path: Path, reader: Reader) -> np.ndarray:
         raise UserError(
             f"keep-list {path} has {len(names)} names, the set {len(keys)} samples; there is nothing to keep"
         )
-    rows = find_rows(names, keys)
+    try:
+        rows = find_rows(names, keys)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} holds {error.object[:80]!r} among its names, which is no text; mend it") from error
     missing = int((rows < 0).sum())
     if missing == len(names):
         raise UserError(

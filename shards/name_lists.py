@@ -1,10 +1,9 @@
 """Lists of image names on disk: the pickles that LUPerson and CFS are published with, and plain text.
 
 A pickle is a program. Here it may build strings, bytes, numbers, lists, tuples and dicts, and is refused at the first
-thing beyond that, so a list from a stranger can do nothing.
+thing beyond that (plain_pickles.py), so a list from a stranger can do nothing.
 """
 
-import copyreg
 import os
 import pickle
 from collections.abc import Iterable
@@ -12,44 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import UserError
+from shards import plain_pickles
 
 SIZE_LIMIT = 2**31  # bytes; the list of LUPerson has about 10**8
+LONG = 1000  # bytes of a name
 KINDS = (".pkl", ".txt")
 
 
-class _Latin1:
-    """What Python 3 writes into pickles of protocol 0 to 2 instead of bytes is a call of `_codecs.encode`."""
-
-    __slots__ = ()
-
-    def __call__(self, text: str, encoding: str) -> bytes:
-        if not isinstance(text, str) or encoding != "latin1":
-            raise pickle.UnpicklingError("it calls a codec")
-        return text.encode("latin1")
-
-
-class _NamesOnly(pickle.Unpickler):
-    """Builds plain values; whatever would import or call something is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _Latin1()
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to an object outside")
-
-
 def _unpickle(path: Path) -> Any:
-    copyreg.clear_extension_cache()  # what lies in there would be taken without asking find_class
-    with path.open("rb") as file:
-        try:
-            return _NamesOnly(file, encoding="utf-8", errors="surrogateescape").load()
-        except Exception as error:  # damaged or hostile bytes make the unpickler raise almost anything
-            raise UserError(
-                f"{path} is not a pickled list of names ({str(error).strip() or type(error).__name__}); nothing of it "
-                "was run. Expected is a list of strings, or a dict with such a list under 'keys'"
-            ) from error
+    try:
+        return plain_pickles.loads(path.read_bytes())
+    except plain_pickles.NotPlain as error:
+        raise UserError(
+            f"{path} is not a pickled list of names ({str(error)[:200]}); nothing of it was run. Expected is a list of "
+            "strings, or a dict with such a list under 'keys'"
+        ) from error
 
 
 def _decode(name: Any, path: Path) -> str:
@@ -57,19 +33,24 @@ def _decode(name: Any, path: Path) -> str:
         return name.decode("utf-8", "surrogateescape")
     if isinstance(name, str):
         return name
-    raise UserError(f"{path} holds {type(name).__name__} {str(name)[:80]!r} among its names; all must be strings")
+    told = f" '{name}'" if isinstance(name, int | float) and abs(name) < 1e9 else ""
+    raise UserError(f"{path} holds {type(name).__name__}{told} among its names; all must be strings")
 
 
 def _names(tree: Any, path: Path) -> list[str]:
     if isinstance(tree, dict):
         found = tree.get("keys", tree.get(b"keys"))
         if found is None:
-            there = ", ".join(map(repr, list(tree)[:5])) or "none"
+            there = ", ".join(f"{name!r:.80}" for name in list(tree)[:5] if isinstance(name, str | bytes)) or "none"
             raise UserError(f"{path} holds a dict without 'keys' (it has {there}); give the list of names itself")
         tree = found
     if not isinstance(tree, list | tuple):
         raise UserError(f"{path} holds {type(tree).__name__}, not a list of names or a dict with such a list in 'keys'")
-    return [_decode(name, path) for name in tree]
+    once: dict[bytes, str] = {}  # a short pickle may hold one long name a million times
+    return [
+        once.setdefault(name, _decode(name, path)) if type(name) is bytes and len(name) > LONG else _decode(name, path)
+        for name in tree
+    ]
 
 
 def _check_kind(path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import BinaryIO
 import numpy as np
 
 from recipes.errors import UserError
-from shards import index, remote
+from shards import arrays, index, remote
 from shards.cache import ShardCache
 from shards.manifests import tar_place
+from shards.raw.split_files import SAMPLE_LIMIT
 from shards.schema import BadSample, Manifest, Sample, index_name
 
 CODES = {"<u4": "I", "<u8": "Q", "<i4": "i", "<i8": "q"}  # numpy's name of a type -> that of struct
@@ -29,14 +30,12 @@ OPEN_REMOTE = 8  # the same for a set that is fetched: an open tar cannot leave 
 def _read_header(file: BinaryIO, path: str) -> tuple[np.dtype, int]:
     """Type of the rows of an index (.npy), and the byte where they begin."""
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        _, _, rows = read(file)
-    except index.DAMAGE as error:
+        header = arrays.read_header(file)
+    except ValueError as error:
         raise UserError(f"index {path} is damaged ({error}); build the set again") from error
-    if rows.names is None or rows != index.row_type(rows.itemsize - ROW.size):
+    if len(header.shape) != 1 or not index.is_row_type(header.dtype):
         raise UserError(f"index {path} does not hold the fields of a sample index; build the set again")
-    return rows, file.tell()
+    return header.dtype, header.start
 
 
 class PackedSplit:
@@ -123,10 +122,16 @@ class PackedSplit:
         key = name.rstrip(b"\0").decode("utf-8", "surrogateescape")
         captions: tuple[str, ...] = ()
         if self.captions and meta_length:
-            captions = index.read_meta(self._read(tar, meta_offset, meta_length, meta_crc, key), key)[2]
+            data = self._read(tar, meta_offset, meta_length, meta_crc, key, index.META_LIMIT)
+            captions = index.read_meta(data, key)[2]
         return Sample(key, self._read(tar, offset, length, crc, key), pid, camid, captions)
 
-    def _read(self, tar: int, offset: int, length: int, crc: int, key: str) -> bytes:
+    def _read(self, tar: int, offset: int, length: int, crc: int, key: str, most: int = SAMPLE_LIMIT) -> bytes:
+        if tar >= len(self.tars) or offset + length > self.tars[tar][1] or length > most:
+            raise BadSample(
+                f"the index {self.index[0]} places sample {key!r} outside of the tars, or has more than {most:,} bytes "
+                "for it; fetch the index again, or pack the set again"
+            )
         with self.lock:  # another thread may close the descriptor between look-up and read
             descriptor = self.files.pop(tar, None)
             if descriptor is None:

@@ -71,11 +71,15 @@ class Walk:
             self.leaves[path] = (str(thing.dtype), thing.shape, hashlib.sha256(thing.tobytes()).hexdigest())
         elif isinstance(thing, Mapping):
             self.leaves[path] = f"{type(thing).__name__} of {len(thing)}"
-            for key, value in sorted(((self._name(key), value) for key, value in thing.items()), key=lambda pair: pair[0]):
+            for key, value in sorted(
+                ((self._name(key), value) for key, value in thing.items()), key=lambda pair: pair[0]
+            ):
                 self._walk(f"{path}[{key}]", value, owners)
         elif isinstance(thing, list | tuple | collections.deque | set | frozenset):
             self.leaves[path] = f"{type(thing).__name__} of {len(thing)}"
-            for place, part in enumerate(sorted(thing, key=self._name) if isinstance(thing, set | frozenset) else thing):
+            for place, part in enumerate(
+                sorted(thing, key=self._name) if isinstance(thing, set | frozenset) else thing
+            ):
                 self._walk(f"{path}[{place}]", part, owners)
         else:
             kind = type(thing)

@@ -20,7 +20,18 @@ EDGES = (0, 1, -1, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1,
 NUMBERS = [value.to_bytes(size, order, signed=value < 0)
            for value in EDGES for size in (1, 2, 4, 8) for order in ("little", "big")
            if -(2 ** (8 * size - 1)) <= value < 2 ** (8 * size)]  # fmt: skip
-TOKENS = [*NUMBERS, b"\0" * 8, b"\xff" * 8, b"../../x", b"/etc/passwd", b"[" * 64, b"{" * 64, b"\xc3\x28", b"NaN", b"1e999"]
+TOKENS = [
+    *NUMBERS,
+    b"\0" * 8,
+    b"\xff" * 8,
+    b"../../x",
+    b"/etc/passwd",
+    b"[" * 64,
+    b"{" * 64,
+    b"\xc3\x28",
+    b"NaN",
+    b"1e999",
+]
 DEEP = "lists in lists"  # stands for 3,000 of them: no Python program likes to print those
 # what stands in a tree of JSON or YAML where something else was expected
 ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../../x", "/etc/passwd",

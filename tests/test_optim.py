@@ -24,6 +24,15 @@ def test_clipping_by_parameter():
     assert torch.allclose(module.bias.grad, torch.tensor([0.0, -6.0]))
 
 
+def test_the_norm_of_each_parameter_is_that_before():
+    module, each = two_tensors(), {"left over": torch.ones(())}
+    clip_gradients(module, OptimConfig(clip=6.0), each)
+    assert {name: norm.item() for name, norm in each.items()} == pytest.approx({"weight": 5, "bias": 12})
+    module.weight.grad = None
+    clip_gradients(module, OptimConfig(clip=None), each)
+    assert {name: norm.item() for name, norm in each.items()} == pytest.approx({"bias": 6})
+
+
 def test_clipping_together():
     module = two_tensors()
     assert clip_gradients(module, OptimConfig(clip=6.5, clip_by="global")).item() == pytest.approx(13)

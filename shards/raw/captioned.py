@@ -4,13 +4,13 @@ Text search asks with the sentences of the test images for the test images. So t
 the split `gallery`; there is no split `query`, the queries are the captions of the gallery.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from recipes import plain_json
 from recipes.errors import UserError
 from recipes.load import Section
 from shards.raw.missing_files import Presence, inside
@@ -46,10 +46,10 @@ class Choice(Section):
 def read_json(path: Path) -> Any:
     """The tree of a JSON file. UserError naming it if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return plain_json.parse(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); it lists the images and their captions") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again") from error
 
 

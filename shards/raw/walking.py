@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from recipes.errors import UserError
-from shards.schema import Record
+from shards.raw.split_files import SAMPLE_LIMIT
+from shards.schema import BadSample, Record
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 NOT_IMAGES = {"thumbs.db", "desktop.ini"}  # what file managers leave behind
@@ -14,8 +15,13 @@ FORBIDDEN = re.compile(r"[.\s]")  # in a key
 
 
 def read_file(path: str) -> bytes:
-    """Content of a file. Module-level, so that a record which holds it can go to another process."""
+    """Content of a file. Module-level, so that a record which holds it can go to another process.
+
+    BadSample if it has more bytes than any crop.
+    """
     with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > SAMPLE_LIMIT:
+            raise BadSample(f"{path} has {os.fstat(file.fileno()).st_size:,} bytes; no crop is that large")
         return file.read()
 
 

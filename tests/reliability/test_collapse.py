@@ -18,7 +18,7 @@ MADE = {
     "no centring": (["centering.kind=none"], ("one_prototype", "the entropy of the mean target is 0.")),
     "a centre that stays at 0": (
         ["centering.momentum=0.999999"],
-        ("no_centring", "drift to the same prototype (entropy to 0)"),
+        ("no_centring", "same prototype (entropy to 0)"),
     ),
 }
 SEEDS = range(8)

@@ -81,7 +81,14 @@ def test_one_two_one_four(kind, forks, crops, tmp_path, figures):
     more = KINDS[kind]
     steps = int(more[0].partition("=")[2]) * EPOCH
     alone = run(forks, crops, tmp_path / "alone", [(1, None)], *more)
-    legs: list[Leg] = [(1, steps // 6), (2, steps // 3), (1, steps // 2), (4, 2 * steps // 3), (2, steps - 5), (4, None)]
+    legs: list[Leg] = [
+        (1, steps // 6),
+        (2, steps // 3),
+        (1, steps // 2),
+        (4, 2 * steps // 3),
+        (2, steps - 5),
+        (4, None),
+    ]
     other = run(forks, crops, tmp_path / "other", legs, *more)
     lost, wrong, apart = compared(alone, other, steps)
     note = f"{kind}: {steps} steps, losses differ by at most {apart:.1e}; float32"

@@ -20,16 +20,12 @@ from pretrain.ranks import REQUEUE
 
 PRETRAIN = ["views.local_count=1", "ranks.beat_s=0.2"]  # 8 steps an epoch
 TIMEOUT_S = 3.0
-NAMES = {  # of the one that is lost, by what was done to it
-    (
-        1,
-        signal.SIGKILL,
-    ): r"error: rank 1 on \S+ \(process \d+\) gives no sign of life, the last was at step \d+",
-    (1, signal.SIGSTOP): r"error: no step for 3 s: rank 1 on \S+ \(process \d+\) gives no sign of life, .* at step \d+",
+WHY = f"no step for {TIMEOUT_S:g} s: "
+NAMES = (
     # without torchrun the processes meet in that of rank 0
-    (0, signal.SIGKILL): "error: rank 0, in whose process or on whose host the processes met, is gone",
-    (0, signal.SIGSTOP): "error: no step for 3 s: rank 0, in whose process or on whose host the processes met, is gone",
-}
+    "rank 0, in whose process or on whose host the processes met, is gone",
+    r"rank 1 on \S+ \(process \d+\) gives no sign of life, the last was at step \d+, phase [a-z]+",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,9 @@ def lose(forks: Server, command: list[str], out: Path, whom: int, how: int, work
     finally:
         runs[whom].kill()  # as a launcher does with one that hangs
     told = runs[1 - whom].told()
-    assert re.search(NAMES[whom, how], told), told
+    # loader workers that outlive their parent hold its connections for some seconds
+    why = WHY if how == signal.SIGSTOP else "" if workers else f"(?:{WHY})?"
+    assert re.search(f"^error: {why}{NAMES[whom]}", told, re.MULTILINE), told
     assert f"Rank {1 - whom} stops; the same command goes on from the last checkpoint" in told
     note = small.json_of(out / "stopped.json")
     assert note["lost"].startswith(f"rank {whom}")

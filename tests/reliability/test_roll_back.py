@@ -129,7 +129,7 @@ def ended(runs: list[Run]) -> int:
 @pytest.mark.row("R15")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_around_a_roll_back_change_nothing(forks, crops, tmp_path, figures, ranks):
-    """Two spikes, the second one when the first has shifted the batches; killed as the roll-back is decided, between its
+    """Two spikes, the second when the first has shifted the batches. Killed as the roll-back is decided, between its
     parts, when it is written down, later on, and at random."""
     alone, wrong, kills = tmp_path / "alone", [], 0
     bad = spoilt(crops, [21, 22, 37, 38, 39])
