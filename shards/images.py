@@ -17,7 +17,7 @@ from recipes.load import Section
 from shards.schema import BadSample
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}  # Pillow's name -> ours
-PIXEL_LIMIT = 89_478_485  # pixels; where Pillow begins to warn of a decompression bomb. A crop has some ten thousand
+PIXEL_LIMIT = 25_000_000  # pixels; a photograph passes, and no decoder takes 500 MB. A crop has some ten thousand
 # What Pillow's decoders raise on damaged bytes, beside OSError (its own truncated, unidentified and bomb errors).
 DAMAGE = (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
 

@@ -7,13 +7,11 @@ import small
 import torch
 from safetensors.torch import load_file
 
+from finetune import models
 from finetune.config import FinetuneConfig
-from finetune.identities import select_identities
-from finetune.run import build_method
 from pretrain.backbone import Backbone
 from pretrain.checkpoint import save_teacher
 from recipes.load import load
-from shards.reader import ShardReader
 
 FINETUNE = "finetune/run.py"
 TIMM = {"model_name": "vit_tiny_patch16_224", "num_classes": 0, "img_size": [64, 32], "patch_size": 8}
@@ -71,9 +69,8 @@ def test_every_step_is_a_line(once):
 
 def test_it_starts_from_the_teacher(people, teacher):
     config = load(FinetuneConfig, "finetune/figures.yaml", [f"benchmark.shards={people}", *small.FINETUNE])
-    identities = select_identities(config.identities, ShardReader([people], "train").pids)
-    method, _ = build_method(config.model_copy(update={"ckpt": str(teacher)}), identities, 2)
-    ours = method.backbone.vit.state_dict()
+    backbone, _ = models.start_backbone(str(teacher), config.backbone, config.augment.size, config.seed)
+    ours = backbone.vit.state_dict()
     theirs = load_file(teacher / "teacher" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

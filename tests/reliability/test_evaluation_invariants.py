@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune import metrics
-from finetune.metrics import Protocol, Result, evaluate
+from finetune.metrics import Protocol, Retrieval, evaluate
 from recipes.errors import UserError
 from shards.embeddings import EmbeddingTable
 from shards.schema import UNKNOWN
@@ -46,7 +46,7 @@ def taken(table: EmbeddingTable, rows: np.ndarray) -> EmbeddingTable:
     return EmbeddingTable(table.features[rows], table.pids[rows], table.camids[rows], table.keys[rows])
 
 
-def found(search: Search, same_camera: str, chunk: int) -> Result | None:
+def found(search: Search, same_camera: str, chunk: int) -> Retrieval | None:
     """What the evaluation says; None where no query has a match."""
     try:
         return evaluate(*search, Protocol(same_camera=same_camera), MAX_RANK, chunk)

@@ -111,7 +111,8 @@ def check_reid(kind: str, keys: list[str], folder: Any, count: Count) -> None:
     state = state_of(stranger.content)
     sound = reid.read(written(folder, stranger.content))
     for key in keys:
-        for fault, named, changed in (*faults(state, key), ("another shape", key, state | {key: torch.zeros(())})):
+        point = [("another shape", key, state | {key: torch.zeros(())})] if state[key].ndim else []
+        for fault, named, changed in (*faults(state, key), *point):
             if fault == "missing" and (kind, key) in ANOTHER:
                 continue
             path, told = written(folder, with_state(stranger.content, changed)), "it was read"
