@@ -76,6 +76,11 @@ def _find_directory(path: str) -> _Directory:
     return _Directory(entries, length, offset)
 
 
+def count_entries(path: str) -> int:
+    """Members that the directory claims. UserError for a damaged or spanned archive."""
+    return _find_directory(path).entries
+
+
 def refuse_spanned(path: str) -> None:
     """Archives that PKZIP wrote over several volumes (.z01, .z02, ..., .zip) have to be joined by `zip` itself."""
     stem = os.path.splitext(path)[0]

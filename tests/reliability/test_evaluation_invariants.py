@@ -141,7 +141,7 @@ def test_searches_of_every_kind(figures):
 @pytest.mark.soak
 @pytest.mark.row("R24")
 def test_many_searches_of_every_kind(figures):
-    counts = many(5000)
+    counts = many(2000)
     note = f"{counts['ties']:,} galleries with equal scores, {counts['skipped']:,} queries without a match; to 1e-12"
     injected = "drawn searches: ties, no match, one camera, permuted"
     figures("R24", injected=injected, times=counts["times"], lost=0, wrong=counts["wrong"], note=note)

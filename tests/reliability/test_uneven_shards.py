@@ -133,7 +133,7 @@ def test_a_process_with_fewer_steps_would_be_seen(monkeypatch):
 @pytest.mark.soak
 @pytest.mark.row("R6")
 def test_many_sets_of_shards(figures):
-    counts = many(120, CASES)
+    counts = many(80, CASES)
     note = "1, 3, 7 shards of 1 to 1,000, 2 to 4 processes in step, 0 to 3 workers; no padding"
     figures("R6", injected="uneven shards", **counts, note=note)
     assert (counts["lost"], counts["wrong"]) == (0, 0)
