@@ -2,8 +2,7 @@
 
     python finetune/run.py --ckpt runs/smoke                     BoT on drawn figures, from that run's teacher
     python finetune/run.py --ckpt none                           the same from random weights
-    python finetune/run.py --ckpt runs/pretrain --recipe recipes/finetune/bot_market1501.yaml --out runs/market \\
-        benchmark.shards=data/market1501
+    python finetune/run.py --ckpt runs/pretrain --recipe recipes/finetune/bot_market1501.yaml --out runs/market
 
 Writes OUT/model and its evaluation (docs/finetuning.md, docs/evaluation.md). The same command goes on after a kill.
 """
