@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pretrain import architecture, committed, foreign, hub
 from pretrain.backbone import Backbone
+from pretrain.optim import load_optimizers, optimizer_tensors
 from pretrain.positions import Kernel, fit_prefix, resize_positions, resizing
 from recipes.errors import UserError
 from recipes.load import Section
@@ -40,29 +41,6 @@ class CheckpointConfig(Section):
     teacher_newest: int = Field(5, ge=1)  # newest of these that are kept
     asynchronous: bool = True  # write while the next steps run; takes the memory of one more state on the host
     max_failed: int = Field(3, ge=1)  # saves in a row that the disk may refuse before the run stops
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """State of the optimiser keyed `<parameter name>//<what>`, independent of the order of groups."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}//{what}": value
-        for parameter, state in optimizer.state.items()
-        for what, value in state.items()
-    }
-
-
-def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the state of `optimizer_tensors` back, to each optimiser that of its parameters."""
-    parameters = dict(model.named_parameters())
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    for key, value in tensors.items():
-        name, _, what = key.partition("//")
-        parameter = parameters[name]
-        # the step counter stays where torch keeps it: with fused AdamW beside the parameter
-        owner[parameter].state[parameter][what] = value.to(parameter.device).clone()
 
 
 Trained = tuple[nn.Module, Sequence[torch.optim.Optimizer]]  # a module with its optimisers
@@ -126,6 +104,8 @@ def check_state(state: Path) -> dict[str, Any]:
         raise committed.Damaged(f"{state} is damaged (it holds the state of {facts.get('samples')} samples)")
     if facts["format_version"] > 1:
         committed.check_files(state, facts)
+    else:
+        committed.check_tensors(state / TENSORS)  # all that can be seen without a checksum
     return facts
 
 
@@ -238,6 +218,8 @@ def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple
         if committed.FILES in config:  # one that was made by hand, or before there were sums, has none
             committed.check_files(folder, config)
         config.pop(committed.FILES, None)
+        if config.get("format_version", MODEL_VERSION) != MODEL_VERSION:
+            raise ValueError(f"its format is {config['format_version']}, this version reads {MODEL_VERSION}")
         return load_file(folder / WEIGHTS), config
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -175,3 +175,12 @@ def check_files(folder: Path, facts: Mapping[str, Any]) -> None:
                 raise Damaged(f"{path} is damaged (its checksum is wrong)")
         except OSError as error:
             raise Damaged(f"{path} is damaged ({error.strerror})") from error
+
+
+def check_tensors(path: Path) -> None:
+    """Raise Damaged unless the file is as long as its own list of tensors says."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from error

@@ -1,5 +1,6 @@
-"""AdamW in two groups, gradient clipping, frozen prototypes."""
+"""AdamW in two groups, gradient clipping, frozen prototypes; the state of an optimiser by the names of parameters."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -81,3 +82,26 @@ def freeze_last_layer(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "last_layer" in name:
             parameter.grad = None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """State of the optimiser keyed `<parameter name>//<what>`, independent of the order of groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}//{what}": value
+        for parameter, state in optimizer.state.items()
+        for what, value in state.items()
+    }
+
+
+def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the state of `optimizer_tensors` back, to each optimiser that of its parameters."""
+    parameters = dict(model.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, what = key.partition("//")
+        parameter = parameters[name]
+        # the step counter stays where torch keeps it: with fused AdamW beside the parameter
+        owner[parameter].state[parameter][what] = value.to(parameter.device).clone()

@@ -11,7 +11,6 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,10 +22,9 @@ from torch import Tensor, nn
 
 from pretrain import pickled
 from recipes.errors import UserError
-from shards.raw import zips
 
 HEADER = 8 << 20  # bytes of the header of a safetensors file; one tensor takes about 100, and its objects 1,500
-ENTRIES = 200_000  # of the zip that torch writes: one a tensor
+DIRECTORY = 16 << 20  # bytes of the list of entries in the zip that torch writes; one a tensor, about 100 bytes each
 
 # what a cut or altered file makes torch's reader raise
 DAMAGED = (
@@ -102,10 +100,21 @@ def check_header(path: Path) -> None:
         )
 
 
+def _directory_size(path: Path) -> int:
+    """Bytes that the list of entries at the end of a zip claims; zipfile makes objects of all of them."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 98))  # the longest comment, and the records before it
+        tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    large = tail[end - 76 : end - 20] if end >= 76 else b""  # the record with 64-bit numbers, where there is one
+    told = large[40:48] if large.startswith(b"PK\6\6") else tail[end + 12 : end + 16]
+    return int.from_bytes(told, "little")
+
+
 def _check_zip(path: Path) -> None:
     """torch stores without compression, each name once; what is compressed may be far larger than the file."""
-    if zips.count_entries(str(path)) > ENTRIES:
-        raise UserError(f"{path} holds more than {ENTRIES:,} entries; no checkpoint has so many tensors: it is refused")
+    if _directory_size(path) > DIRECTORY:
+        raise UserError(f"{path} lists more entries than a checkpoint has tensors; it is refused")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         squeezed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
@@ -155,54 +164,3 @@ def tensors_of(state: Any, where: str) -> dict[str, Tensor]:
         if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{where}: {key} of shape {tuple(value.shape)} is no plain tensor; the file is refused")
     return dict(state)
-
-
-# keyword arguments of timm.create_model that are about files, the network and devices, and not about the network's form
-FACTORY = {
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"),
-    *("scriptable", "exportable", "no_jit", "device", "dtype", "features_only", "kwargs_filter"),
-}
-MOST = {"depth": 256}  # blocks
-NUMBER, TEXT = 1 << 16, re.compile(r"[A-Za-z0-9_.]{0,80}")
-SPARE = 20_000_000  # numbers that a model may have beyond those of its file: a head that is not stored
-
-
-def model_arguments(found: Any, where: str) -> dict[str, Any]:
-    """What a config.json tells about a model, checked: timm's name of it and plain numbers and words.
-
-    UserError for anything else, such as the path of another file, which timm would read.
-    """
-    if not isinstance(found, dict) or not isinstance(found.get("model_name"), str):
-        raise UserError(f"{where}: its config.json does not tell the timm arguments of the model; export it again")
-    for name, value in found.items():
-        if name in FACTORY or not TEXT.fullmatch(name) or not _plain(value, MOST.get(name, NUMBER)):
-            raise UserError(
-                f"{where}: its config.json asks timm for {name[:80]} = {repr(value)[:80]}, which is no number or word "
-                "that describes a model; it is refused"
-            )
-    return found
-
-
-def _plain(value: Any, most: int) -> bool:
-    if isinstance(value, list):
-        return len(value) <= 64 and all(_plain(part, most) and not isinstance(part, list) for part in value)
-    if isinstance(value, str):
-        return TEXT.fullmatch(value) is not None
-    return value is None or (isinstance(value, int | float) and abs(value) <= most)
-
-
-def check_amount(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError unless `build` makes a model about as large as its weights, before any memory is taken for it."""
-    try:
-        with torch.device("meta"):
-            wanted = sum(value.numel() for value in build().state_dict().values())
-    except UserError:  # a ValueError, too
-        raise
-    except (*DAMAGED, ArithmeticError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: timm cannot build what its config.json describes ({told})") from error
-    there = sum(value.numel() for value in tensors.values())
-    if wanted > 2 * there + SPARE:
-        raise UserError(
-            f"{where}: its config.json describes a model of {wanted:,} numbers, its weights hold {there:,}; it is refused"
-        )

@@ -97,7 +97,7 @@ CASES = {
     "no model inside": (EVAL, "--ckpt {}/other", "other is no checkpoint: expected a folder with"),
     "an image as checkpoint": (FINETUNE, "--ckpt {}/mixed/a.png", "a.png is no checkpoint"),
     "half a checkpoint": (EVAL, "--ckpt {}/cut", "cut cannot be read"),
-    "a config that is none": (FINETUNE, "--ckpt {}/listed", "config.json holds no JSON object"),
+    "a config that is none": (FINETUNE, "--ckpt {}/listed", "config.json is damaged (it holds no JSON object)"),
     "another width": (FINETUNE, "--ckpt {}/wide", "embed_dim is 64, the recipe asks for 32"),
     "another width to evaluate": (EVAL, "--ckpt {}/wide", "embed_dim is 64, the recipe asks for 32"),
     "no method named": (FINETUNE, "--ckpt none method={{}}", "method.name is missing; there are: bot"),

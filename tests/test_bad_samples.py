@@ -47,6 +47,7 @@ def over(maker: ViewMaker, reader) -> ViewMaker:
 
 
 @pytest.mark.parametrize("how", ["read", "decode"])
+@pytest.mark.row("R7")
 def test_a_bad_sample_is_replaced_and_no_other_changes(make_views, train_reader, how):
     maker, bad = make_views(), {3, 17, 40}
     broken = over(maker, Damaged(train_reader, bad, how))
@@ -109,6 +110,7 @@ def test_damaged_shards_in_a_worker_are_one_sentence(make_views, small_set, tmp_
 
 
 @pytest.mark.parametrize("crc", ["of the sound bytes", "of the damaged bytes"])
+@pytest.mark.row("R7")
 def test_a_damaged_image_inside_a_set_is_found(make_views, small_set, tmp_path, crc):
     copy = shutil.copytree(small_set, tmp_path / "copy")
     rows = np.load(copy / "index-train.npy")

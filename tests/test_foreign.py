@@ -23,6 +23,7 @@ def state_of(content: dict) -> dict:
 
 
 @pytest.mark.parametrize("kind", ALL)
+@pytest.mark.row("R23")
 def test_every_key_is_taken_or_left_out_for_a_reason(kind, tmp_path):
     stranger = ALL[kind]
     found = foreign.read(written(tmp_path, stranger.content))
@@ -39,6 +40,7 @@ def test_every_key_is_taken_or_left_out_for_a_reason(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ALL)
+@pytest.mark.row("R23")
 def test_a_missing_a_strange_and_a_reshaped_key_are_refused(kind, tmp_path):
     content = state = None
     for fault in ("missing", "strange", "reshaped"):
@@ -59,6 +61,7 @@ def test_a_missing_a_strange_and_a_reshaped_key_are_refused(kind, tmp_path):
             foreign.read(written(tmp_path, content))
 
 
+@pytest.mark.row("R23")
 def test_what_lies_outside_of_the_backbone_must_be_known(tmp_path):
     content = training().content
     content["teacher"] |= {f"decoder.{n}": torch.zeros(1) for n in range(7)}

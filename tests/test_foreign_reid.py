@@ -66,6 +66,7 @@ def expected(kind: str, w: dict[str, torch.Tensor], size: tuple[int, int]) -> to
 
 
 @pytest.mark.parametrize("kind", ALL)
+@pytest.mark.row("R23")
 def test_every_key_is_taken_or_left_out_for_a_reason(kind, tmp_path):
     stranger = ALL[kind]
     path = written(tmp_path, stranger.content)
@@ -110,6 +111,7 @@ def test_features_are_those_of_the_published_network(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ALL)
+@pytest.mark.row("R23")
 def test_a_missing_a_strange_and_a_reshaped_key_are_refused(kind, tmp_path):
     for fault, told in (
         ("missing", "1 missing \\(neck.classifier.weight\\)|has no classifier|1 missing"),

@@ -47,6 +47,7 @@ def test_same_person_same_camera_is_neither_right_nor_wrong():
     assert evaluate(*other).mAP == 0.5
 
 
+@pytest.mark.row("R24")
 def test_equal_scores_keep_gallery_order():
     scores = [0.5, 0.5, 0.5, 0.5]
     # matches in rows 1 and 3 -> ranks 2 and 4
@@ -57,6 +58,7 @@ def test_equal_scores_keep_gallery_order():
     assert evaluate(*scored(scores, 1, 0, [-1, 1, 1, 2], [1, 0, 1, 1])).mAP == 1.0
 
 
+@pytest.mark.row("R24")
 def test_skipped_queries_do_not_enter_the_mean():
     query = table([[1.0], [1.0], [1.0]], [1, 7, UNKNOWN], [0, 0, 0])
     gallery = table([[0.9], [0.8], [0.7]], [2, 1, UNKNOWN], [1, 1, 1])
@@ -86,6 +88,7 @@ def test_several_queries_by_hand():
     np.testing.assert_array_equal(result.inp, [2 / 3, 1 / 2, np.nan, 1 / 4])
 
 
+@pytest.mark.row("R24")
 def test_all_skipped_is_an_error_with_a_reason():
     with pytest.raises(UserError, match="another camera"):
         evaluate(*scored([0.9], 1, 0, [1], [0]))  # one camera only
@@ -128,6 +131,7 @@ def searches(draw):
 @pytest.mark.parametrize("many", [0, 2, 1000], ids=["sort", "either", "passes"])
 @settings(max_examples=120, deadline=None)
 @given(searches(), st.sampled_from(["drop", "keep"]), st.integers(1, 30), st.integers(1, 6))
+@pytest.mark.row("R24")
 def test_equals_the_rules_in_fractions(many, search, same_camera, max_rank, chunk):
     query, gallery = search
     expected = brute_force.search(query, gallery, max_rank, same_camera)
@@ -194,6 +198,7 @@ def test_other_scores_take_the_place_of_the_product():
         evaluate(query, gallery, scores=lambda part: np.full((1, 3), np.nan, np.float32))
 
 
+@pytest.mark.row("R24")
 def test_the_order_of_the_queries_does_not_matter():
     rng = np.random.default_rng(5)
     query = table(rng.integers(-3, 4, (37, 4)), rng.integers(1, 8, 37), rng.integers(0, 3, 37))
@@ -254,6 +259,7 @@ def test_the_protocol_says_its_rules():
         assert "junk (pid -1) is left out; distractors (pid 0) count as wrong" in protocol.rules()
 
 
+@pytest.mark.row("R24")
 def test_gallery_order_does_not_matter_without_ties():
     rng = np.random.default_rng(3)
     scores = rng.permutation(40 * 300).reshape(40, 300).astype(np.float32)  # all different, exact in float32

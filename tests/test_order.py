@@ -26,6 +26,7 @@ def rows_of(sizes, seed=0, epoch=0, lanes=8, window=16) -> list[int]:
     seed=st.integers(0, 2**63),
     epoch=st.integers(0, 2**40),
 )
+@pytest.mark.row("R6")
 def test_an_epoch_is_a_permutation(sizes, lanes, window, seed, epoch):
     assert sorted(rows_of(sizes, seed, epoch, lanes, window)) == list(range(sum(sizes)))
 

@@ -95,6 +95,7 @@ def test_labels_are_unknown_where_there_are_none(copy):
     assert (sample.pid, sample.camid) == (UNKNOWN, UNKNOWN)
 
 
+@pytest.mark.row("R7")
 def test_one_damaged_byte_is_noticed(copy):
     entry = index.load(copy / "index-train.npy")[20]
     tar = copy / "train-000001.tar"
@@ -112,6 +113,7 @@ def test_one_damaged_byte_is_noticed(copy):
     assert damaged[21].key == damaged.keys[21].decode()
 
 
+@pytest.mark.row("R7")
 def test_a_shard_that_was_cut_or_lost_is_named(copy):
     tar = copy / "train-000004.tar"
     tar.write_bytes(tar.read_bytes()[:700])

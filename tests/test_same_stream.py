@@ -73,6 +73,7 @@ def expected(make_views, tmp_path_factory) -> dict[int, str]:
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.row("R4")
 def test_any_number_of_processes_and_workers(expected, make_views, tmp_path, ranks, workers):
     processes = _start(make_views(lanes=12), tmp_path, ranks, workers)
     for process in processes:
@@ -81,11 +82,12 @@ def test_any_number_of_processes_and_workers(expected, make_views, tmp_path, ran
     assert _hashes(tmp_path) == expected
 
 
+@pytest.mark.row("R4")
 def test_two_kills_inside_one_epoch_on_other_numbers_of_processes(expected, make_views, tmp_path):
     """kill -9 in step 1 and 2 of the first epoch (53 samples, 4.4 steps), going on with 3, then 2 processes."""
     maker, first = make_views(lanes=12), 0
     for ranks, workers in ((4, 1), (3, 2)):
-        processes = _start(maker, tmp_path, ranks, workers, first, pause=0.2)
+        processes = _start(maker, tmp_path, ranks, workers, first, pause=0.4)
         outs = [tmp_path / f"rank{rank}-of-{ranks}-from-{first}" for rank in range(ranks)]
         deadline = time.monotonic() + 60
         while any(not out.exists() or not out.read_text().endswith("\n") for out in outs):

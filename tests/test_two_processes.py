@@ -62,10 +62,12 @@ def losses(out: Path) -> list[float]:
     return [line[term] for line in small.metrics(out) for term in ("loss", "loss_cls", "loss_patch")]
 
 
+@pytest.mark.row("R4")
 def test_two_processes_start_where_one_does(one, two):
     assert losses(two)[:3] == pytest.approx(losses(one)[:3], rel=1e-5)
 
 
+@pytest.mark.row("R4")
 def test_two_processes_learn_the_same(one, two):
     assert len(losses(two)) == 3 * 8
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
@@ -81,6 +83,7 @@ def test_two_processes_that_accumulate_learn_the_same(one, crops, tmp_path):
     assert len(losses(tmp_path / "run")) == 3 * 8
 
 
+@pytest.mark.row("R4")
 def test_one_process_goes_on_where_two_stopped(one, two, crops, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(two, out)
@@ -104,6 +107,7 @@ def rows_of_steps(config: PretrainConfig, rank: int, ranks: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.row("R4")
 def test_the_samples_of_a_step_do_not_depend_on_the_processes(crops, ranks):
     given = [f"loader.shards=[{crops}]", *small.PRETRAIN]
     config = load(PretrainConfig, "pretrain/smoke.yaml", given)

@@ -44,6 +44,7 @@ def test_partial_of_another_plan_is_not_continued(tmp_path, made):
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
+@pytest.mark.row("R21")
 def test_killed_with_its_processes_and_continued(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()

@@ -108,7 +108,7 @@ def solider_swin(
     sizes = {"img_size": tuple(img_size), "embed_dim": embed_dim, "num_heads": tuple(num_heads)}
     # one block a stage: they are replaced at once
     model = SwinTransformer(**sizes, depths=(1,) * len(depths), window_size=window_size, num_classes=num_classes)
-    rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+    rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()  # also where shapes only are built
     stages, grid = [], tuple(model.patch_embed.grid_size)
     for place, (_, heads) in enumerate(zip(depths, num_heads, strict=True)):
         own = rates[sum(depths[:place]) : sum(depths[: place + 1])]

@@ -57,28 +57,22 @@ def _find_directory(path: str) -> _Directory:
         at = tail.rfind(b"PK\5\6", 0, at)  # those four bytes may stand in the comment too
     if at < 0:
         raise _damaged(path, "has no directory at its end")
-    _, disk, first_disk, here, entries, length, offset, _ = END.unpack_from(tail, at)
+    _, disk, first_disk, _, entries, length, offset, _ = END.unpack_from(tail, at)
     end = start + at
-    if 0xFFFF in (disk, first_disk, here, entries) or 0xFFFFFFFF in (length, offset):
-        locator = at - LOCATOR64.size
-        if locator >= 0 and tail.startswith(b"PK\6\7", locator):
-            _, _, place, _ = LOCATOR64.unpack_from(tail, locator)
-            window.seek(place)
-            record = window.read(END64.size)
-            if len(record) < END64.size or not record.startswith(b"PK\6\6"):
-                raise _damaged(path, "has no 64-bit directory where it says")
-            _, _, _, _, disk, first_disk, here, entries, length, offset = END64.unpack(record)
-            end = place
+    locator = at - LOCATOR64.size
+    if locator >= 0 and tail.startswith(b"PK\6\7", locator):  # some programs write it for small archives too
+        _, _, place, _ = LOCATOR64.unpack_from(tail, locator)
+        window.seek(place)
+        record = window.read(END64.size)
+        if len(record) < END64.size or not record.startswith(b"PK\6\6"):
+            raise _damaged(path, "has no 64-bit directory where it says")
+        _, _, _, _, disk, first_disk, _, entries, length, offset = END64.unpack(record)
+        end = place
     if disk or first_disk:
         refuse_spanned(path)
     if offset + length != end:
         raise _damaged(path, f"has its directory not where it says (bytes {offset} to {offset + length} of {end})")
     return _Directory(entries, length, offset)
-
-
-def count_entries(path: str) -> int:
-    """Members that the directory claims. UserError for a damaged or spanned archive."""
-    return _find_directory(path).entries
 
 
 def refuse_spanned(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Tars of a packed set are cut everywhere and flipped bit by bit: all is noticed, and what is lost is told exactly."""
+"""R7: tars of a packed set are cut everywhere and flipped bit by bit: all is noticed, and what is lost is told exactly."""
 
 import functools
 import io
@@ -134,9 +134,12 @@ def boundaries(truth: Truth) -> list[int]:
     return sorted(edge for edge in edges if 0 <= edge < len(truth.raw))
 
 
-def test_cut_at_every_boundary(copy, truth):
-    for size in boundaries(truth):
+@pytest.mark.row("R7")
+def test_cut_at_every_boundary(copy, truth, figures):
+    sizes = boundaries(truth)
+    for size in sizes:
         cut(copy, truth, size)
+    figures("R7", injected="a tar cut at every boundary", times=len(sizes), lost=0, wrong=0)
 
 
 def test_cut_anywhere(copy, truth):
@@ -144,10 +147,12 @@ def test_cut_anywhere(copy, truth):
         cut(copy, truth, int(size))
 
 
-def test_bits_flipped_at_every_boundary(copy, truth):
-    rng = np.random.default_rng(1)
-    for byte in boundaries(truth):
+@pytest.mark.row("R7")
+def test_bits_flipped_at_every_boundary(copy, truth, figures):
+    rng, places = np.random.default_rng(1), boundaries(truth)
+    for byte in places:
         flip(copy, truth, np.array([8 * byte + rng.integers(8)]))
+    figures("R7", injected="a bit at every boundary", times=len(places), lost=0, wrong=0)
 
 
 def test_bits_flipped_anywhere(copy, truth):
@@ -156,6 +161,7 @@ def test_bits_flipped_anywhere(copy, truth):
         flip(copy, truth, rng.choice(8 * len(truth.raw), rng.choice([1, 1, 2, 3, 40]), replace=False))
 
 
+@pytest.mark.row("R7")
 def test_blocks_lost_or_zeroed(copy, truth):
     """What a file system leaves after a crash: blocks of zeros, and blocks that are another file's."""
     rng = np.random.default_rng(3)
@@ -166,6 +172,7 @@ def test_blocks_lost_or_zeroed(copy, truth):
                 report_of(copy, truth, damaged)
 
 
+@pytest.mark.row("R7")
 def test_the_reader_gives_whole_samples_or_none(copy, truth):
     def samples(reader: ShardReader) -> dict[str, Sample | None]:
         found: dict[str, Sample | None] = {}
@@ -205,6 +212,7 @@ def test_a_tar_that_is_gone_or_another_one(copy, truth):
     assert len(ours.surplus) == 3
 
 
+@pytest.mark.row("R7")
 def test_every_bit_of_the_index_counts(copy):
     path = copy / "index-train.npy"
     raw = path.read_bytes()
@@ -222,7 +230,8 @@ def test_every_bit_of_the_index_counts(copy):
 
 
 @pytest.mark.soak
-def test_many_damages(copy, truth):
+@pytest.mark.row("R7")
+def test_many_damages(copy, truth, figures):
     for size in range(len(truth.raw)):
         cut(copy, truth, size)
     rng = np.random.default_rng(4)
@@ -230,3 +239,6 @@ def test_many_damages(copy, truth):
         flip(copy, truth, np.array([bit]))
     for _ in range(20_000):
         flip(copy, truth, rng.choice(8 * len(truth.raw), rng.integers(2, 500), replace=False))
+    note = "all found; as many samples told as lose a byte, none given by half"
+    times = len(truth.raw) + 40_000
+    figures("R7", injected="a tar cut at every byte, bits flipped", times=times, lost=0, wrong=0, note=note)

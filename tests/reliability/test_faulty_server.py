@@ -74,7 +74,8 @@ def through(server: faulty.Server, folder: Path, base: str = "") -> float:
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_a_loss_costs_one_request_more(server, tmp_path, scheme, monkeypatch):
+@pytest.mark.row("R16")
+def test_a_loss_costs_one_request_more(server, tmp_path, scheme, monkeypatch, figures):
     server.delay_s = DELAY_S
     base = server.url("") if scheme == "http" else "s3://"
     if scheme == "s3":
@@ -93,8 +94,12 @@ def test_a_loss_costs_one_request_more(server, tmp_path, scheme, monkeypatch):
     print(f"{scheme}: {lossy / plain:.2f} times the {plain:.2f} s without losses")
     # s3fs waits 0.1 s by itself before it passes an error on, which is much at this size
     assert lossy < plain * 2.5 + (0 if scheme == "http" else 0.2 * lost)
+    note = f"one more request each; {lossy / plain:.2f} x the time at this size"
+    injected = f"{scheme}: 500, 503, reset, short, cut"
+    figures("R16", injected=injected, times=lost, lost=0, wrong=len(bad(tmp_path / "lossy")), note=note)
 
 
+@pytest.mark.row("R16")
 def test_stalls_cost_their_deadline_and_no_more(server, tmp_path):
     server.fault = faulty.seeded(1, 0.05, ("stall",))
     took = through(server, tmp_path)
@@ -103,6 +108,7 @@ def test_stalls_cost_their_deadline_and_no_more(server, tmp_path):
     assert stalls * QUICK.stall_s <= took < (stalls + 6) * QUICK.stall_s
 
 
+@pytest.mark.row("R16")
 def test_flipped_bits_never_get_through(server, tmp_path):
     server.fault = lambda path, number: "flip" if number % 13 == 4 else None
     through(server, tmp_path)
@@ -173,23 +179,29 @@ def _killed_readers(server: faulty.Server, folder: Path, seconds: float, seed: i
 
 
 @pytest.mark.soak
+@pytest.mark.row("R16")
 @pytest.mark.parametrize("seed", range(3))
-def test_readers_are_killed_while_the_server_fails(server, tmp_path, seed):
+def test_readers_are_killed_while_the_server_fails(server, tmp_path, seed, figures):
     server.delay_s = DELAY_S
     server.fault = faulty.seeded(seed, 0.3, (*LOSSES * 4, "stall"))
-    kills, largest = _killed_readers(server, tmp_path, 40, seed)
+    kills, largest = _killed_readers(server, tmp_path, 30, seed)
     print(f"{kills} readers killed, {len(server.requests)} requests, at most {largest} bytes")
     assert kills >= 10
+    faults = sum(request.fault is not None for request in server.requests)
+    note = f"{kills} of the readers killed meanwhile; the cache within its bound"
+    injected = "500, 503, reset, short, cut, stall; three readers of one cache"
+    figures("R16", injected=injected, times=faults, lost=0, wrong=len(bad(tmp_path)), note=note)
     assert 4 * BLOCKS * BLOCK < largest <= 6.5 * BLOCKS * BLOCK
 
 
 @pytest.mark.soak
+@pytest.mark.row("R16")
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_losses_cost_less_than_the_same_again(tmp_path, scheme, monkeypatch):
+def test_losses_cost_less_than_the_same_again(tmp_path, scheme, monkeypatch, figures):
     """The defaults: blocks of 8 MiB, a wait of 0.1 s, answers as on a line of 100 MB/s."""
     pytest.importorskip("s3fs" if scheme == "s3" else "aiohttp")
     files = {f"crops/{number}.tar": faulty.noise(number, 40_000_000) for number in range(12)}
-    took = {}
+    took, faults = {}, 0
     for kind, fault in (("plain", None), ("lossy", faulty.seeded(0, 0.3, LOSSES))):
         with faulty.serving(files) as server:
             settings = {"endpoint_url": server.url("")[:-1], "key": "k", "secret": "s"}
@@ -204,5 +216,7 @@ def test_losses_cost_less_than_the_same_again(tmp_path, scheme, monkeypatch):
                 assert os.pread(descriptor, len(data) + 1, 0) == data
                 os.close(descriptor)
             took[kind] = time.monotonic() - began
-    print(f"{scheme}: {took['lossy'] / took['plain']:.2f} times the {took['plain']:.1f} s without losses")
+            faults += sum(request.fault is not None for request in server.requests)
+    note = f"{took['lossy'] / took['plain']:.2f} x the {took['plain']:.1f} s without losses, of 480 MB at 100 MB/s"
+    figures("R16", injected=f"{scheme}: 30 % losses", times=faults, lost=0, wrong=len(bad(tmp_path)), note=note)
     assert took["lossy"] < 2 * took["plain"]
