@@ -219,7 +219,7 @@ def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple
             committed.check_files(folder, config)
         config.pop(committed.FILES, None)
         if config.get("format_version", MODEL_VERSION) != MODEL_VERSION:
-            raise ValueError(f"its format is {config['format_version']}, this version reads {MODEL_VERSION}")
+            raise ValueError(f"it has format {config['format_version']}, this version reads {MODEL_VERSION}")
         return load_file(folder / WEIGHTS), config
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error
