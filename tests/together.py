@@ -1,4 +1,4 @@
-"""One run by several processes that are forks (forked.py), what each of its samples looks like, and a stop at a step."""
+"""One run by several processes that are forks (forked.py), what its samples look like, and a stop at a step."""
 
 import hashlib
 import json

@@ -186,7 +186,7 @@ def plant(patch: pytest.MonkeyPatch) -> None:
         record(journal, step, *given)
         journal.planted = getattr(journal, "planted", {"deep": [np.zeros(1)]})
         journal.planted["deep"][0] += step
-        np.random.random()
+        np.random.random()  # noqa: NPY002
 
     patch.setattr(Centering, "end_step", ending)
     patch.setattr(Journal, "record", recording)
@@ -195,8 +195,6 @@ def plant(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.row("R5")
 def test_what_is_forgotten_is_found(tmp_path, monkeypatch):
     plant(monkeypatch)
-    torch.manual_seed(0)
-    np.random.seed(0)
     alone, resumed = both(monkeypatch, "pretrain/run.py", tmp_path / "run")
     centre = "modules[centres]._modules[cls]"
     planted = {f"{centre}._buffers[planted_buffer]", f"{centre}.planted_number", "journal.planted[deep][0]"}

@@ -1,4 +1,4 @@
-"""R7: tars of a packed set are cut everywhere and flipped bit by bit: all is noticed, and what is lost is told exactly."""
+"""R7: tars of a packed set are cut everywhere and flipped bit by bit: all is noticed, what is lost is told exactly."""
 
 import functools
 import io

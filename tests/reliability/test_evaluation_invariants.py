@@ -89,9 +89,7 @@ def moved(search: Search, same_camera: str, seed: int) -> list[str]:
         wrong.append("order of the queries")
     # a last number of the features makes all scores of a query differ, by whole numbers still
     ranks = np.arange(len(gallery), dtype=np.float32)[:, None]
-    apart = EmbeddingTable(
-        np.hstack([gallery.features * 64, ranks / 64]), gallery.pids, gallery.camids, gallery.keys
-    )
+    apart = EmbeddingTable(np.hstack([gallery.features * 64, ranks / 64]), gallery.pids, gallery.camids, gallery.keys)
     asked = EmbeddingTable(
         np.hstack([query.features, np.ones((len(query), 1), np.float32)]), query.pids, query.camids, query.keys
     )

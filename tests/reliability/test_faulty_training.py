@@ -58,7 +58,7 @@ def test_a_training_from_a_failing_server(forks, tmp_path, figures):
     base = tmp_path / "run"
     base.mkdir()
     faults, lost, wrong, spoilt = tried(forks, base)
-    note = "30 % of the requests fail, 3 stall for 10 s, a bit is wrong; samples, crops, masks and losses as from the disk"
+    note = "30 % of the requests fail, 3 stall for 10 s, a bit is wrong; samples and losses as from the disk"
     figures("R16", injected="a server that fails, in a run", times=faults, lost=lost, wrong=wrong + spoilt, note=note)
     assert (lost, wrong, spoilt) == (0, 0, 0)
     assert faults > 20

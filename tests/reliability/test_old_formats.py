@@ -1,4 +1,4 @@
-"""R22: files of every format that this project has written are read, or refused with a sentence that says what to do."""
+"""R22: files of every format that this project has written are read, or refused with a sentence on what to do."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""R23: other projects' files with a key missing, one too many, one of another shape: exactly that is told, or refused."""
+"""R23: other projects' files with a key missing, one too many, one of another shape: exactly that is told."""
 
 import collections
 import re
@@ -110,7 +110,7 @@ def check_vit(kind: str, keys: list[str], folder: Any, count: Count) -> None:
 
 
 def check_reid(kind: str, keys: list[str], folder: Any, count: Count) -> None:
-    """Every fault with these keys of the file of a fine-tuned model: as before if it is left out anyway, else refused."""
+    """Every fault with these keys of a fine-tuned model's file: as before if it is left out anyway, else refused."""
     stranger = REID[kind]
     state = state_of(stranger.content)
     sound = reid.read(written(folder, stranger.content))
