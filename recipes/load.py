@@ -48,12 +48,17 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, regexp) for tag, regexp in resolvers if not tag.endswith(("bool", "float", "timestamp", "merge", "value"))
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if not tag.endswith(("bool", "int", "float", "timestamp", "merge", "value"))
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _NUMBER = r"^[-+]?(?:[0-9]+\.[0-9]*(?:e[-+]?[0-9]+)?|\.[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+|\.inf|\.nan)$"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+# not `1:30`, which YAML 1.1 takes for 90, nor numbers of thousands of digits, which Python cannot write again
+_INTEGER = r"^[-+]?(?:0b[01_]{1,256}|0x[0-9a-fA-F_]{1,64}|0[0-7_]{0,64}|[1-9][0-9_]{0,255})$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INTEGER), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER, re.IGNORECASE), list("-+0123456789."))
 
 

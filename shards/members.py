@@ -6,6 +6,7 @@ Formats: v7, ustar, GNU (long names, base-256 sizes), pax (POSIX.1-2001). Sparse
 """
 
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,12 +107,15 @@ class Tar:
         """whole: sum all bytes of the file on the way, for `finish`."""
         self.path, self.whole = path, whole
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
         except FileNotFoundError as error:
             raise UserError(f"tar {path} does not exist") from error
         except OSError as error:
             raise UserError(f"tar {path} cannot be opened: {error.strerror}") from error
         self.size = os.fstat(self.descriptor).st_size
+        if stat.S_ISFIFO(os.fstat(self.descriptor).st_mode):
+            os.close(self.descriptor)
+            raise UserError(f"tar {path} is a pipe; it has to be a file")
         self.faults: list[Fault] = []
         self.extended = False
         self.view = memoryview(bytearray(WINDOW))

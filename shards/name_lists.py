@@ -14,7 +14,7 @@ from recipes.errors import UserError
 from shards import plain_pickles
 
 SIZE_LIMIT = 2**31  # bytes; the list of LUPerson has about 10**8
-LONG = 1000  # bytes of a name
+LONG, LONGEST = 256, 4096  # bytes of a name: from where on it is kept once, and the limit
 KINDS = (".pkl", ".txt")
 
 
@@ -29,6 +29,8 @@ def _unpickle(path: Path) -> Any:
 
 
 def _decode(name: Any, path: Path) -> str:
+    if isinstance(name, str | bytes) and len(name) > LONGEST:
+        raise UserError(f"{path} holds a name of {len(name):,} characters; no path is longer than {LONGEST:,}")
     if isinstance(name, bytes):
         return name.decode("utf-8", "surrogateescape")
     if isinstance(name, str):
@@ -46,7 +48,7 @@ def _names(tree: Any, path: Path) -> list[str]:
         tree = found
     if not isinstance(tree, list | tuple):
         raise UserError(f"{path} holds {type(tree).__name__}, not a list of names or a dict with such a list in 'keys'")
-    once: dict[bytes, str] = {}  # a short pickle may hold one long name a million times
+    once: dict[bytes, str] = {}  # a short pickle may hold one name a million times
     return [
         once.setdefault(name, _decode(name, path)) if type(name) is bytes and len(name) > LONG else _decode(name, path)
         for name in tree
@@ -68,6 +70,8 @@ def read_names(path: Path | str) -> list[str]:
     _check_kind(path)
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"list of names {path} is no file")
         if size > SIZE_LIMIT:
             raise UserError(f"{path} has {size:,} bytes; no list of names is larger than {SIZE_LIMIT:,}")
         if path.suffix.lower() == ".pkl":
@@ -77,7 +81,7 @@ def read_names(path: Path | str) -> list[str]:
         raise UserError(f"list of names {path} does not exist") from error
     except OSError as error:
         raise UserError(f"list of names {path} cannot be read ({error.strerror})") from error
-    return [name for name in (line.rstrip("\r") for line in lines) if name.strip()]
+    return [_decode(name, path) for name in (line.rstrip("\r") for line in lines) if name.strip()]
 
 
 def write_names(path: Path | str, names: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ that they share.
 """
 
 import os
+import stat
 import struct
 import threading
 import zlib
@@ -93,11 +94,15 @@ class PackedSplit:
         if remote.is_remote(path):
             assert self.cache is not None, "a remote set has a cache"
             return self.cache.open(path, size, crc, let_go)
+        what = "index" if path.endswith(".npy") else "shard"
         try:
-            return os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
         except OSError as error:
-            what = "index" if path.endswith(".npy") else "shard"
             raise UserError(f"cannot open {what} {path}: {error.strerror}; fetch it or pack the set again") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UserError(f"{what} {path} is no file; fetch it or pack the set again")
+        return descriptor
 
     def _read_layout(self) -> tuple[np.dtype, int]:
         """Type of an index row, and the byte where the rows begin."""

