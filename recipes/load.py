@@ -105,7 +105,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override {assignment!r}: {name!r} is a value, not a section")
         node = child
-    node[key] = _parse(text, f"the value of override {assignment!r}")
+    node[key] = _parse(text, f"the value of override {assignment!r:.200}")
 
 
 def _sections(annotation: Any) -> list[type[Section]]:

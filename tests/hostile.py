@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from recipes.errors import UserError
 
+DEEP = "[" * 100_000 + "]" * 100_000
 SECONDS = 30  # until a reader is stopped
 MEGABYTES = 500  # that a reader may take above what the process had
 # events of sys.addaudithook that reading must not cause
@@ -115,10 +116,21 @@ def survey(cases: dict[str, tuple[str, Callable[[], Any]]]) -> list[str]:
     """The faults of all cases. A case is what is expected ("refused", "read" or "refused or read") and the reader."""
     faults = []
     for name, (expected, read) in cases.items():
-        t=__import__("time").time()
-        x=examine(read); print("TIME", round(__import__("time").time()-t,2), x.megabytes, name, x.told[:100], file=sys.stderr)
         faults += [f"{name}: {fault}" for fault in examine(read).faults(expected)]
     return faults
+
+
+def put(path: Path, data: bytes | str) -> Path:
+    """A file with that content."""
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def hole(path: Path, size: int) -> Path:
+    """A file of zeros that takes no room on disk."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
 
 
 def trapped(sign: Path, protocol: int = 2) -> bytes:
