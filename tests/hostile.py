@@ -2,6 +2,7 @@
 much memory it takes, how it ends."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import pickle
@@ -71,16 +72,12 @@ def _watch(deeds: list[str]) -> None:
     sys.addaudithook(hook)
 
 
-def _attempt(read: Callable[[], Any]) -> Found:
+def _attempt(read: Callable[[], Any], deeds: list[str]) -> Found:
     """In the child."""
-    sys.dont_write_bytecode = True
     signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    deeds: list[str] = []
-    _watch(deeds)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here; the one write that is ours
-    deeds.clear()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = _memory("VmRSS")
+    deeds.clear()
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             read()
@@ -89,35 +86,45 @@ def _attempt(read: Callable[[], Any]) -> Found:
         outcome, told = "refused", str(error)
     except BaseException as error:
         outcome, told = f"crash, {type(error).__name__}", traceback.format_exc()[-1500:]
-    return Found(outcome, told[:2000], _memory("VmHWM") - before, deeds)
+    return Found(outcome, told[:2000], _memory("VmHWM") - before, [*deeds])
 
 
-def examine(read: Callable[[], Any]) -> Found:
-    """What `read` does, in a forked process."""
-    out, into = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(out)
-            with os.fdopen(into, "w") as pipe:
-                json.dump(_attempt(read), pipe)
-        finally:
-            os._exit(0)
-    os.close(into)
-    with os.fdopen(out) as pipe:
-        answer = pipe.read()
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status) or not answer:
-        return Found(f"died of signal {os.WTERMSIG(status)}", "", 0, [])
-    return Found(*json.loads(answer))
+def _child(reads: list[Callable[[], Any]], pipe: int) -> None:
+    """Tell what became of each, a line of JSON at a time."""
+    sys.dont_write_bytecode = True
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    deeds: list[str] = []
+    _watch(deeds)
+    for read in reads:
+        os.write(pipe, json.dumps(_attempt(read, deeds)).encode() + b"\n")
+
+
+def examine(*reads: Callable[[], Any]) -> list[Found]:
+    """What they do, one after the other in a forked process; in another one after each that ends it."""
+    done: list[Found] = []
+    while len(done) < len(reads):
+        out, into = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                _child([*reads[len(done) :]], into)
+            finally:
+                os._exit(0)
+        os.close(into)
+        with os.fdopen(out) as pipe:
+            done += [Found(*json.loads(line)) for line in pipe]
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            done.append(Found(f"died of signal {os.WTERMSIG(status)}", "", 0, []))
+    return done
 
 
 def survey(cases: dict[str, tuple[str, Callable[[], Any]]]) -> list[str]:
     """The faults of all cases. A case is what is expected ("refused", "read" or "refused or read") and the reader."""
-    faults = []
-    for name, (expected, read) in cases.items():
-        faults += [f"{name}: {fault}" for fault in examine(read).faults(expected)]
-    return faults
+    found = examine(*(read for _, read in cases.values()))
+    pairs = zip(cases.items(), found, strict=True)
+    return [f"{name}: {fault}" for (name, (expected, _)), each in pairs for fault in each.faults(expected)]
 
 
 def put(path: Path, data: bytes | str) -> Path:

@@ -1,8 +1,8 @@
 """The embedding table on disk and the neighbours search over it."""
 
-import numpy as np
 import os
 
+import numpy as np
 import pytest
 
 from recipes.errors import UserError

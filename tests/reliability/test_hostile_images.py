@@ -1,5 +1,6 @@
-"""R17: tars, zips, LMDBs and images that want to write elsewhere, to unpack to gigabytes, or to be what they are not."""
+"""R17: tars, zips, LMDBs and images that want to write elsewhere, to unpack to gigabytes, or to end the process."""
 
+import contextlib
 import io
 import shutil
 import struct
@@ -14,6 +15,7 @@ from archive_files import make_tar
 from hostile import hole, png, put, survey, trapped, zip_bomb
 from PIL import Image
 
+from recipes.errors import UserError
 from shards import decoding, images, index
 from shards.images import ImagesConfig
 from shards.in_place import index_in_place
@@ -22,7 +24,6 @@ from shards.reader import ShardReader
 from shards.sources import archives
 
 pytestmark = pytest.mark.row("R17")
-ANY = (".jpg", ".png", ".json")
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> tarfile.TarInfo:
@@ -106,13 +107,9 @@ def test_tars(small_set, tmp_path, figures):
     before = sorted(path for path in tmp_path.rglob("*"))
     assert survey(cases) == []
     assert sorted(path for path in tmp_path.rglob("*")) == before
-    for name, path in paths.items():  # indexing writes, into its own folder
-        try:
+    for path in paths.values():  # indexing writes, into its own folder
+        with contextlib.suppress(UserError):
             in_place(path)
-        except images.BadSample:
-            pass
-        except ValueError as error:
-            assert type(error).__name__ == "UserError", name
     assert sorted(path for path in tmp_path.rglob("*")) == before, "nothing is left, nothing was unpacked"
     figures("R17", injected="tars", times=len(cases) + len(paths), lost=0, wrong=0)
 
@@ -180,7 +177,7 @@ def two_sizes() -> bytes:
 
 
 def image_files() -> dict[str, bytes]:
-    zeros = zlib.compress(bytes(300 << 20), 9)
+    zeros = zlib.compress(bytes(100 << 20), 1)
     text = zlib.compress(bytes(1 << 20), 9)
     profile, note = (b"iCCP", b"x\0\0" + zeros), (b"zTXt", b"x\0\0" + zeros)
     webp = io.BytesIO()
@@ -193,8 +190,8 @@ def image_files() -> dict[str, bytes]:
         "PNG of 20,000 x 20,000": png(20_000, 20_000),
         "PNG of 2^31 x 2^31": png(4, 4).replace(struct.pack(">2L", 4, 4), struct.pack(">2L", 2**31 - 1, 2**31 - 1)),
         "PNG of 25.1 megapixels": png(5010, 5010, bits=8, kind=6),
-        "PNG with a profile of 300 MB": png(9, 9, [profile]),
-        "PNG with a text of 300 MB": png(9, 9, [note]),
+        "PNG with a profile of 100 MB": png(9, 9, [profile]),
+        "PNG with a text of 100 MB": png(9, 9, [note]),
         "PNG with 100 texts of 1 MB": png(9, 9, [(b"zTXt", b"x\0\0" + text)] * 100),
         "JPEG of 65,500 x 65,500": jpeg(65_500, 65_500),
         "JPEG of 0 x 0": jpeg(0, 0),
@@ -212,22 +209,25 @@ def image_files() -> dict[str, bytes]:
     }
 
 
-def test_images(figures):
-    cases = {}
-    ways = {
-        "decoded": decoding.pixels,
-        "packed": lambda data: images.check(data, "x", ImagesConfig()),
-        "shrunk": lambda data: images.check(data, "x", ImagesConfig(max_height=8)),
-    }
-    large = png(4999, 5001, bits=8, kind=6)
-    fill = {
+WAYS = {
+    "decoded": decoding.pixels,
+    "packed": lambda data: images.check(data, "x", ImagesConfig()),
+    "shrunk": lambda data: images.check(data, "x", ImagesConfig(max_height=8)),
+}
+
+
+@pytest.mark.parametrize(
+    "way", ["decoded", *(pytest.param(way, marks=pytest.mark.soak) for way in ("packed", "shrunk"))]
+)
+def test_images(way, figures):
+    read, large = WAYS[way], png(4999, 5001, bits=8, kind=6)
+    fine = {
         "a JPEG with FF in front of its markers": jpeg(16, 16, fill=b"\xff\xff"),
         "a JPEG of two sizes": two_sizes(),
         "10,000 comments": jpeg(16, 16, between=b"\xff\xfe\x00\x04ab" * 10_000),
     }
-    for way, read in ways.items():
-        cases |= {f"{n}, {way}": ("refused", lambda d=d, read=read: read(d)) for n, d in image_files().items()}
-        cases |= {f"{n}, {way}": ("refused or read", lambda d=d, read=read: read(d)) for n, d in fill.items()}
-        cases[f"25 megapixels, {way}"] = "read", lambda read=read: read(large)
+    cases = {name: ("refused", lambda data=data: read(data)) for name, data in image_files().items()}
+    cases |= {name: ("refused or read", lambda data=data: read(data)) for name, data in fine.items()}
+    cases["25 megapixels"] = "read", lambda: read(large)
     assert survey(cases) == []
-    figures("R17", injected="images", times=len(cases), lost=0, wrong=0, note="at most 500 MB each")
+    figures("R17", injected=f"images, {way}", times=len(cases), lost=0, wrong=0)
