@@ -38,7 +38,10 @@ def _is_plain_jpeg(data: bytes) -> bool:
 def pixels(data: bytes, origin: str = "an image") -> np.ndarray:
     """Encoded bytes -> uint8 [H, W, 3], RGB. Raises images.BadImage, whose sentence begins with `origin`."""
     if _is_plain_jpeg(data):
-        found = cv2.imdecode(np.frombuffer(data, np.uint8), FLAGS)
+        try:
+            found = cv2.imdecode(np.frombuffer(data, np.uint8), FLAGS)
+        except cv2.error:  # Pillow says what is wrong with it
+            found = None
         if found is not None:
             return found
     return np.asarray(decode(data, origin))

@@ -167,7 +167,7 @@ def test_a_resumed_training_remembers_all(script, tmp_path, monkeypatch, figures
     looked, changed, missing = checked(monkeypatch, script, tmp_path / "run")
     note = f"{changed} tensors changed one by one"
     figures("R5", injected=f"a restart of {script}", times=looked, lost=len(missing), wrong=0, note=note)
-    assert missing == []
+    assert missing == [], "\n".join(missing)
 
 
 def plant(patch: pytest.MonkeyPatch) -> None:
@@ -280,4 +280,4 @@ def test_every_kind_of_training_remembers_all(tmp_path, monkeypatch, figures):
         looked, changed, missing = looked + found[0], changed + found[1], missing + found[2]
     note = f"{len(KINDS)} kinds of pretraining; {changed} tensors changed one by one, 100 % in the state"
     figures("R5", injected="a restart; each tensor changed", times=looked, lost=len(missing), wrong=0, note=note)
-    assert missing == []
+    assert missing == [], "\n".join(missing)
