@@ -83,7 +83,7 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     rates = (planned.flops_per_image, planned.peak and planned.peak * world)
     journal = Journal(folder, accelerator, meter, every, bad, modules, config.health, rates)
     batches = ranks.waited_for(made)
-    with meter, keeper, contextlib.closing(folder):
+    with meter, folder, keeper:
         for step in range(first, steps):
             now = schedules.at(step, steps, steps_per_epoch, batch_size, config.schedules)
             optim.set_values(optimizer, now.lr, now.weight_decay)

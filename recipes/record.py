@@ -181,6 +181,18 @@ class RunFolder:
         if self.main:
             self.lines.keep(step)
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """`close`; where something else went wrong before, what that finds is a warning."""
+        try:
+            self.close()
+        except UserError as told:
+            if error is None:
+                raise
+            print(f"warning: {told}", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """The run has ended: write the lines that wait, and let others open the folder. UserError on a full disk."""
         if self.main:
