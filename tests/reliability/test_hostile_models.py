@@ -186,7 +186,7 @@ ASKED = {
     "no name": {"model_name": 7},
     "64 million blocks": {"depth": 1 << 26},
     "a width of a million": {"embed_dim": 10**6},
-    "40 billion numbers": {"depth": 200, "embed_dim": 4096},
+    "40 billion numbers": {"depth": 50, "embed_dim": 8192},
     "an image of a million pixels a side": {"img_size": [10**6, 10**6]},
     "an image of one side": {"img_size": 64},
     "patches of 0": {"patch_size": 0},
