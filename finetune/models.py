@@ -18,10 +18,12 @@ from finetune.sampling import SamplingConfig
 from pretrain import hub, untrusted
 from pretrain.architecture import misfits
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import load_backbone, load_model, save_model
+from pretrain.checkpoint import CONFIG, load_backbone, load_model, save_model
 from pretrain.foreign import TIMM, is_foreign
 from pretrain.foreign_styles import bare_keys, unwrap
+from pretrain.model_config import empty_model
 from recipes.errors import UserError
+from recipes.load import validate
 
 SCRATCH = "none"  # `--ckpt none`: random weights
 SIZE = (256, 128)  # height, width of the images of a model of timm that is no ViT, which takes any
@@ -81,14 +83,31 @@ def save(folder: Path, method: Method, section: dict[str, Any], augment: Augment
 
 def _load_method(ckpt: str, tensors: dict[str, torch.Tensor], stored: dict[str, Any]) -> tuple[Method, AugmentConfig]:
     """A fine-tuned model as `save` stored it, and its augmentation."""
-    parts = Parts(backbones.build(stored["timm"]), stored["classes"], stored.get("cameras", 0), SamplingConfig(), 0)
-    method = build(stored["method"], parts)
+    where = f"--ckpt {ckpt}"
+    section, *counts = stored.get("method"), stored.get("classes"), stored.get("cameras", 0)
+    if not isinstance(section, dict) or any(type(count) is not int or not 0 <= count < 1 << 24 for count in counts):
+        raise UserError(
+            f"{where}: its {CONFIG} does not tell method, classes and cameras of the model; export it again"
+        )
+
+    def made() -> Method:
+        return build(section, Parts(backbones.build(stored["timm"]), *counts, SamplingConfig(), 0))
+
+    method = empty_model(made, where, tensors) or made()
     told = misfits(method.state_dict(), tensors)
     if told:
-        name = stored["method"].get("name")
-        raise UserError(f"--ckpt {ckpt}: its weights are not exactly those of the method {name!r}: {told}")
+        raise UserError(f"{where}: its weights are not exactly those of the method {section['name']!r}: {told}")
+    method = made()
     method.load_state_dict(tensors)
-    return method, AugmentConfig(**stored["augment"])
+    return method, validate(AugmentConfig, stored.get("augment"), f"{where}: augment in its {CONFIG}")
+
+
+def _prepared(augment: dict[str, Any], stored: dict[str, Any], ckpt: str) -> AugmentConfig:
+    """How the input of a backbone is prepared: as `augment` says, with the normalisation of its training if known."""
+    normalize = stored.get("normalize", {})
+    if not isinstance(normalize, dict) or not normalize.keys() <= {"mean", "std"}:
+        raise UserError(f"--ckpt {ckpt}: normalize in its {CONFIG} must hold mean and std, one number a colour")
+    return validate(AugmentConfig, augment | normalize, f"--ckpt {ckpt}: normalize in its {CONFIG}")
 
 
 def fine_tuned(
@@ -119,7 +138,7 @@ def load_embedder(
     if found is not None:
         return _load_method(ckpt, *found)
     backbone, stored = start_backbone(ckpt, config, augment.size, seed)
-    return Direct(backbone), augment.model_copy(update=stored.get("normalize", {}))
+    return Direct(backbone), _prepared(augment.model_dump(), stored, ckpt)
 
 
 def load_stored(
@@ -145,7 +164,7 @@ def load_known(
     else:
         backbone, stored = load_backbone(ckpt)
         height, width = stored["timm"]["img_size"]
-    return Direct(backbone), AugmentConfig(height=height, width=width, pad=0, **stored.get("normalize", {})), stored
+    return Direct(backbone), _prepared({"height": height, "width": width, "pad": 0}, stored, ckpt), stored
 
 
 def fingerprint(model: nn.Module) -> str:

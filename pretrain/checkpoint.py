@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pretrain import architecture, committed, foreign, hub
 from pretrain.backbone import Backbone
+from pretrain.model_config import empty_model, model_arguments
 from pretrain.optim import load_optimizers, optimizer_tensors
 from pretrain.positions import Kernel, fit_prefix, resize_positions, resizing
 from recipes.errors import UserError
@@ -220,8 +221,11 @@ def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple
         config.pop(committed.FILES, None)
         if config.get("format_version", MODEL_VERSION) != MODEL_VERSION:
             raise ValueError(f"it has format {config['format_version']}, this version reads {MODEL_VERSION}")
+        config["timm"] = model_arguments(config.get("timm"), f"--ckpt {folder}")
         return load_file(folder / WEIGHTS), config
     except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error
 
 
@@ -237,9 +241,10 @@ def load_backbone(
     tensors, config = load_model(path, patch_grid(wanted) if wanted else None)
     prefix = "" if config.get("kind") == "backbone" else "backbone.vit."
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    found = config.get("timm")
-    if not isinstance(found, dict):
-        raise UserError(f"--ckpt {path}: {CONFIG} does not tell the timm arguments of the model; export it again")
+    found = config["timm"]
+    if not {"img_size", "patch_size"} <= found.keys():
+        raise UserError(f"--ckpt {path}: {CONFIG} does not tell img_size and patch_size of the model; export it again")
+    empty_model(lambda: Backbone(found), f"--ckpt {path}", own)
     backbone = build_backbone(path, own, found, wanted or found, drop_path, kernel)
     if "source" in config and patch_grid(found) != backbone.grid:
         told = resizing(patch_grid(found), backbone.grid, kernel)

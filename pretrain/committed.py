@@ -21,7 +21,7 @@ from torch import Tensor
 from recipes.errors import UserError, naming
 
 FILES, SUM = "files", "crc32"  # keys of the JSON file: what lies beside it; the sum of the JSON itself
-LONGEST = 64 << 20  # bytes of a JSON file that is read
+LONGEST = 16 << 20  # bytes of a JSON file that is read
 BLOCK = 4 << 20  # bytes read at a time
 
 
@@ -130,7 +130,7 @@ def tidy(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; Damaged where there is none."""
     try:
         if path.stat().st_size > LONGEST:
@@ -151,7 +151,7 @@ def read_facts(path: Path, sealed: bool) -> dict[str, Any]:
 
     sealed: its own sum must be right; without, it may have been edited. Raises Damaged.
     """
-    facts = _read(path)
+    facts = read_object(path)
     told = facts.pop(SUM, None)
     if sealed and told != _sum_of(facts):
         raise Damaged(f"{path} is damaged (its checksum is wrong)")
@@ -164,7 +164,7 @@ def check_files(folder: Path, facts: Mapping[str, Any]) -> None:
     if not isinstance(files, dict) or not files:
         raise Damaged(f"{folder} is damaged (its description names no files)")
     for name, told in files.items():
-        if not isinstance(told, dict) or Path(name).name != name or name in (".", ".."):
+        if not isinstance(told, dict) or not re.fullmatch(r"\w[\w.-]*", name):
             raise Damaged(f"{folder} is damaged (its description names {name!r}, which is no file beside it)")
         path = folder / name
         try:

@@ -4,7 +4,6 @@ docs/checkpoints.md lists them. Every key of a file is taken or left out for a s
 rest is an error. Nothing in a file is executed (untrusted.py).
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,10 @@ import timm
 import torch
 from torch import Tensor
 
-from pretrain import architecture, untrusted
+from pretrain import architecture, committed, untrusted
 from pretrain.architecture import Grid
 from pretrain.foreign_styles import Sorted, Unwrapped, bare_keys, settings, sort_keys, unwrap
+from pretrain.model_config import model_arguments
 from pretrain.positions import fit_prefix, resizing
 from recipes.errors import UserError
 
@@ -100,10 +100,9 @@ def is_foreign(ckpt: str | Path) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is none."""
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:  # whoever needs it will say so
+        return committed.read_object(path)
+    except UserError:  # whoever needs it will say so
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read(
@@ -149,8 +148,14 @@ def whole_positions(
             grid = architecture.grid_of(length - places, hint, likely, where)
         except UserError as error:
             fault = fault or error  # that of the usual layout is told
-        else:
+            continue
+        try:
             return fit_prefix(tensors, places, prefix), grid
+        except (KeyError, RuntimeError) as error:
+            told = " ".join(str(error.args[0]).split())[:200]
+            raise UserError(
+                f"{where} is not exactly one plain ViT: cls_token, reg_token and pos_embed do not fit together ({told})"
+            ) from error
     assert fault is not None
     raise fault
 
@@ -217,8 +222,10 @@ def _of_hub(hub: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[st
         told = {key: [float(x) for x in cfg[key]] for key in ("mean", "std") if key in cfg}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {CONFIG} is not one that timm writes ({error})") from error
+    if isinstance(given.get("img_size"), int):
+        given["img_size"] = [given["img_size"]] * 2
     base = {"model_name": name, "num_classes": 0, "img_size": size, "dynamic_img_size": True}
-    vit = architecture.empty_vit(base | given)
+    vit = architecture.empty_vit(model_arguments(base | given, where))
     sides = {"img_size": list(vit.patch_embed.img_size), "patch_size": vit.patch_embed.patch_size[0]}
     return base | given | sides, told if len(told) == 2 else None
 

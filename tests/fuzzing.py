@@ -1,6 +1,7 @@
 """Damaged and hostile files by the thousand: valid ones changed byte by byte and value by value, and a count of what a
 reader makes of them."""
 
+import contextlib
 import copy
 import io
 import json
@@ -97,19 +98,22 @@ def filed(path: Path, read: Reader) -> Reader:
 
 def passed_over(read: Callable[[], object]) -> None:
     """A sample that a loader would replace by another."""
-    try:
+    with contextlib.suppress(BadSample):
         read()
-    except BadSample:
-        pass
 
 
 def fuzz_all(
     name: str, parts: list[tuple[st.SearchStrategy, Reader]], times: int, figures: Callable[..., None]
 ) -> None:
-    """`times` inputs, or a few more, shared out evenly among the kinds of inputs of a reader, and the figures of R17."""
-    each = -(-times // len(parts))
-    found = [fuzz(inputs, read, each) for inputs, read in parts]
+    """`times` inputs shared out among the kinds of inputs of a reader, and the figures of R17.
+
+    parts: inputs and reader of each kind; the first kind makes up for others of which there are fewer.
+    """
+    found: list[Counts] = []
+    for place, (inputs, read) in reversed([*enumerate(parts)]):
+        found.append(fuzz(inputs, read, (times - sum(counts.tried for counts in found)) // (place + 1)))
     tried, refused = (sum(getattr(counts, what) for counts in found) for what in ("tried", "refused"))
+    assert tried >= times
     assert refused, "not one input was damaged"
     note = f"{refused:,} refused with a sentence, {tried - refused:,} read, 0 crashes"
     figures("R17", injected=f"fuzzing: {name}", times=tried, lost=0, wrong=0, note=note)

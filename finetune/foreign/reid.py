@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from finetune.augment import AugmentConfig
@@ -51,11 +52,15 @@ def read(ckpt: str | Path, choices: Choices = AS_PUBLISHED) -> Reid | None:
         return None
     state = untrusted.tensors_of(file.state, where)
     draft = Draft(where, choices, {key: state[source] for key, source in bare_keys(state).items()})
-    made = layout(draft)
-    unknown = draft.unknown()
-    if unknown:
-        raise UserError(f"{where} ({made.style}): {listed(unknown)} unknown to this style, so the file is refused")
-    return _finished(draft, made)
+    try:
+        made = layout(draft)
+        unknown = draft.unknown()
+        if unknown:
+            raise UserError(f"{where} ({made.style}): {listed(unknown)} unknown to this style, so the file is refused")
+        return _finished(draft, made)
+    except (IndexError, TypeError, RuntimeError, ValidationError) as error:  # the layouts rely on the shapes of tensors
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: its tensors do not have the shapes that their names ask for ({told})") from error
 
 
 def _finished(draft: Draft, made: Made) -> Reid:

@@ -145,7 +145,10 @@ def _modulation(tensors: Mapping[str, Tensor], semantic_weight: float) -> dict[s
             keys = tuple(f"semantic_embed_{what}.{place}.{part}" for part in ("weight", "bias"))
             if not all(key in tensors for key in keys):
                 continue
-            value = tensors[keys[0]].float() @ point + tensors[keys[1]].float()
+            weight, bias = (tensors[key].float() for key in keys)
+            if weight.shape[:1] != bias.shape:  # the sum would stretch a shorter one
+                raise RuntimeError(f"{keys[0]} {tuple(weight.shape)}, {keys[1]} {tuple(bias.shape)}")
+            value = weight @ point + bias
             found[f"layers.{place + 1}.{name}"] = (F.softplus(value) if what == "w" else value), keys
     return found
 

@@ -58,13 +58,14 @@ def recipes(tmp_path: Path) -> Inputs:
     sound = tmp_path / "sound.yaml"
     sound.write_bytes(files[0])
     keys = st.sampled_from(["seed=", "loader.batch=", "loader=", "a.b.c=", "views.global_size=", "=", ""])
+    overrides = st.builds(str.__add__, keys, st.lists(words, max_size=6).map("".join))
     return [
         (changed_bytes(files, tokens), read),
         (changed_bytes(files, ascii_only), read),
         (changed_trees(load(PretrainConfig, sound).model_dump(mode="json")).map(as_json), read),
         (st.lists(words, max_size=20).map(lambda parts: "".join(parts).encode()), read),
-        (st.builds(str.__add__, keys, st.lists(words, max_size=6).map("".join)), lambda text: load(PretrainConfig, sound, [text])),
-    ]  # fmt: skip
+        (overrides, lambda text: load(PretrainConfig, sound, [text])),
+    ]
 
 
 def read_all(folder: Path) -> None:
