@@ -21,7 +21,7 @@ from pretrain.backbone import Backbone
 from pretrain.checkpoint import CONFIG, load_backbone, load_model, save_model
 from pretrain.foreign import TIMM, is_foreign
 from pretrain.foreign_styles import bare_keys, unwrap
-from pretrain.model_config import empty_model
+from pretrain.model_config import empty_model, model_arguments
 from recipes.errors import UserError
 from recipes.load import validate
 
@@ -84,6 +84,7 @@ def save(folder: Path, method: Method, section: dict[str, Any], augment: Augment
 def _load_method(ckpt: str, tensors: dict[str, torch.Tensor], stored: dict[str, Any]) -> tuple[Method, AugmentConfig]:
     """A fine-tuned model as `save` stored it, and its augmentation."""
     where = f"--ckpt {ckpt}"
+    described = model_arguments(stored.get("timm"), where)
     section, *counts = stored.get("method"), stored.get("classes"), stored.get("cameras", 0)
     if not isinstance(section, dict) or any(type(count) is not int or not 0 <= count < 1 << 24 for count in counts):
         raise UserError(
@@ -91,7 +92,7 @@ def _load_method(ckpt: str, tensors: dict[str, torch.Tensor], stored: dict[str, 
         )
 
     def made() -> Method:
-        return build(section, Parts(backbones.build(stored["timm"]), *counts, SamplingConfig(), 0))
+        return build(section, Parts(backbones.build(described), *counts, SamplingConfig(), 0))
 
     method = empty_model(made, where, tensors) or made()
     told = misfits(method.state_dict(), tensors)

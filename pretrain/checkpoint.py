@@ -221,12 +221,12 @@ def load_model(path: Path | str, likely: tuple[int, int] | None = None) -> tuple
         config.pop(committed.FILES, None)
         if config.get("format_version", MODEL_VERSION) != MODEL_VERSION:
             raise ValueError(f"it has format {config['format_version']}, this version reads {MODEL_VERSION}")
-        config["timm"] = model_arguments(config.get("timm"), f"--ckpt {folder}")
-        return load_file(folder / WEIGHTS), config
+        tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"--ckpt {folder} cannot be read ({error}); it needs intact {WEIGHTS} and {CONFIG}") from error
+    if "timm" in config:
+        model_arguments(config["timm"], f"--ckpt {folder}")
+    return tensors, config
 
 
 def load_backbone(
@@ -241,7 +241,7 @@ def load_backbone(
     tensors, config = load_model(path, patch_grid(wanted) if wanted else None)
     prefix = "" if config.get("kind") == "backbone" else "backbone.vit."
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    found = config["timm"]
+    found = model_arguments(config.get("timm"), f"--ckpt {path}")
     if not {"img_size", "patch_size"} <= found.keys():
         raise UserError(f"--ckpt {path}: {CONFIG} does not tell img_size and patch_size of the model; export it again")
     empty_model(lambda: Backbone(found), f"--ckpt {path}", own)

@@ -144,7 +144,10 @@ class PackedSplit:
             self.files[tar] = descriptor
             if len(self.files) > self.most_open:
                 self._let_go()
-            data = os.pread(descriptor, length, offset)
+            try:
+                data = os.pread(descriptor, length, offset)
+            except OSError as error:
+                raise BadSample(f"sample {key!r} in {self.tars[tar][0]} cannot be read ({error.strerror})") from error
         if zlib.crc32(data) != crc:
             raise BadSample(f"sample {key!r} in {self.tars[tar][0]} is damaged: its bytes do not match the index")
         return data

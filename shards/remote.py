@@ -5,7 +5,6 @@ AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for another store than Amazon's FSS
 for a public bucket FSSPEC_S3='{"anon": true}', for a web server FSSPEC_HTTP='{"headers": {"Authorization": "..."}}'.
 """
 
-import fcntl
 import os
 import random
 import re
@@ -22,6 +21,7 @@ import fsspec.config
 from fsspec.exceptions import FSTimeoutError
 from pydantic import Field
 
+from recipes import locks
 from recipes.errors import UserError
 from recipes.load import Section
 from shards.faults import final, shown, told
@@ -215,23 +215,15 @@ def _size(url: str, config: RemoteConfig) -> int:
     return size
 
 
-def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file lies at this path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def _fetch(url: str, into: Path, size: int | None, crc32: int | None, config: RemoteConfig) -> None:
     beside = into.with_name(f".{into.name}.part")
     while True:
-        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = locks.take(beside, os.O_RDWR | os.O_CREAT, wait=True)
+        assert descriptor is not None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if is_at(descriptor, into):  # another process fetched it while this one waited
+            if locks.is_at(descriptor, into):  # another process fetched it while this one waited
                 return
-            if is_at(descriptor, beside):
+            if locks.is_at(descriptor, beside):
                 try:
                     download(url, descriptor, _size(url, config) if size is None else size, crc32, config)
                 except UserError:
@@ -240,8 +232,7 @@ def _fetch(url: str, into: Path, size: int | None, crc32: int | None, config: Re
                 beside.replace(into)
                 return
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
-            os.close(descriptor)
+            locks.release(descriptor)
 
 
 def fetch(url: str, into: Path, size: int | None, crc32: int | None, config: RemoteConfig = DEFAULTS) -> None:

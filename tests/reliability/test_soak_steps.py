@@ -102,7 +102,7 @@ def interrupted(run: Run, out: Path) -> int:
 @pytest.mark.parametrize("cause", ["error", "Ctrl-C", pytest.param("SIGKILL", marks=pytest.mark.soak)])
 def test_workers_end_with_their_run(cause, forks, crops, tmp_path, figures):
     """An error of ours, KeyboardInterrupt, and death: no process is left of a run with two workers."""
-    settings = ["loader.batch=4", "views.local_count=1", "schedules.epochs=9", "loader.workers=2"]
+    settings = ["loader.batch=4", "views.local_count=1", "schedules.epochs=300", "loader.workers=2"]
     told = [("streams", "fail", {"step": 5})] if cause == "error" else []
     run = forks.start(small.arguments("pretrain/run.py", tmp_path / "run", crops, *settings), told)
     if cause == "error":
