@@ -11,7 +11,7 @@ PYTHON ?=
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo bench soak faiss-gpu
+.PHONY: help setup test test-pages docs lint demo bench soak faiss-gpu
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,19 @@ lint: setup  ## style and the import law
 # One thread: the tests use tiny tensors, some start two processes, and equal thread counts give equal bits.
 test: lint  ## lint and the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Debian's and Ubuntu's Chromium; elsewhere install one and say where it is: CHROMIUM=/path/to/chromium make test
+test-pages: setup  ## Chromium for the tests of the pages (asks for sudo), and these tests; `make test` then runs them too
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,pages]'
+	@if [ -z "$$CHROMIUM" ] && ! command -v chromium chromium-browser google-chrome > /dev/null; then \
+	    $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get install --quiet --yes chromium || { \
+	        echo "error: no Chromium could be installed; install one, and give CHROMIUM=/path/to/it" >&2; exit 1; }; \
+	fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pages
+
+docs: setup  ## the documentation as a site, in site/ (to read while you write: .venv/bin/mkdocs serve)
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 soak: setup  ## the long tests, and the table of faults of docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'soak or row' --rows-json=runs/soak.json
