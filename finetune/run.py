@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -23,7 +24,7 @@ from finetune.config import FinetuneConfig
 from finetune.identities import Identities, select_identities
 from finetune.journal import Journal
 from finetune.methods import build
-from finetune.methods.base import Method, Parts
+from finetune.methods.base import Features, Method, Parts
 from finetune.sampling import shard_batch
 from finetune.validation import Validation, hold_out
 from pretrain import processes
@@ -53,9 +54,9 @@ def arguments() -> tuple[FinetuneConfig, Path]:
 
 def train(
     config: FinetuneConfig, method: Method, reader: ShardReader, identities: Identities, keeper: resume.Keeper,
-    start: resume.Position, journal: Journal, ranks: Ranks, validate: Callable[[int], object],
+    start: resume.Position, journal: Journal, ranks: Ranks, hooks: tuple[Features, Callable[[int], object]],
 ) -> None:  # fmt: skip
-    """The loop: batches of the epoch -> named losses -> backward -> step. validate: is told of the epochs done."""
+    """The loop: plan of the epoch -> named losses -> backward -> step. hooks: features now; told of the epochs done."""
     acc, done, epochs = journal.accelerator, start, config.optim.epochs
     dataset = views.TrainViews(reader, identities, Augment(config.augment), config.seed, method.draws)
     sampler, share = views.Places(), (config.sampling.images_per_identity, acc.process_index, acc.num_processes)
@@ -63,11 +64,11 @@ def train(
     optimisers, wrapped = [acc.prepare(optimiser) for optimiser in keeper.trained[1]], acc.prepare(method)
     ranks.watch(method.backbone)  # not the method, which may wait in its forward for the others
     for epoch in range(done.epoch, epochs):
-        batches = method.epoch(epoch, identities)
-        sampler.batches = views.places(epoch, batches, *share)[done.batch :]
+        plan = method.epoch(epoch, identities, hooks[0])
+        sampler.batches, length = views.places(epoch, plan, *share)[done.batch :], len(plan.batches)
         method.train()
         for number, batch in enumerate(ranks.waited_for(loader), start=done.batch):
-            rates = [optim.set_rate(each, epoch + number / len(batches), config.optim) for each in optimisers]
+            rates = [optim.set_rate(each, epoch + number / length, config.optim) for each in optimisers]
             views.seed_torch(config.seed, done.step, acc.process_index)
             with acc.autocast():
                 losses = wrapped(batch.to(acc.device))
@@ -77,15 +78,15 @@ def train(
                 optimiser.step()
                 optimiser.zero_grad()
             method.end_step()
-            journal.record(done.step, epoch, {"loss": loss, **losses}, rates[0], number == len(batches) - 1)
-            journal.meter.advance(batches.shape[1])
-            done = resume.Position(epoch, done.step + 1, done.images + batches.shape[1], number + 1)
+            journal.record(done.step, epoch, {"loss": loss, **losses}, rates[0], number == length - 1)
+            journal.meter.advance(plan.batches.shape[1])
+            done = resume.Position(epoch, done.step + 1, done.images + plan.batches.shape[1], number + 1)
             if ranks.stop_after(done.step):
                 keeper.after(done, stop=True)
                 raise ranks.stopped()
         if acc.is_main_process:
             with ranks.phase(EVALUATION):
-                validate(epoch + 1)
+                hooks[1](epoch + 1)
         done = resume.Position(epoch + 1, done.step, done.images)
         with ranks.phase("checkpoint"):
             keeper.after(done)
@@ -94,24 +95,22 @@ def train(
 
 def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> None:
     """Build the parts, train, evaluate."""
-    sets = [config.benchmark.shards, *config.benchmark.tests]
-    ensure_sets(sets, config.benchmark.draw, acc.is_main_process, acc.wait_for_everyone)
-    reader = ShardReader([config.benchmark.shards], "train")
-    split = hold_out(config.validation, reader.pids, reader.camids, config.benchmark.protocol)
+    data = config.benchmark
+    ensure_sets([data.shards, *data.tests], data.draw, acc.is_main_process, acc.wait_for_everyone)
+    reader = ShardReader([data.shards], "train")
+    split = hold_out(config.validation, reader.pids, reader.camids, data.protocol)
     identities = select_identities(config.identities, split.training_pids(reader.pids))
     cameras = max(0, int(reader.camids[identities.rows].max()) + 1)  # 0: nobody knows
     backbone, stored = models.start_backbone(config.ckpt, config.backbone, config.augment.size, config.seed)
     torch.manual_seed(config.seed)  # fresh weights are the same on all processes
     method = build(config.method, Parts(backbone, identities.classes, cameras, config.sampling, config.seed))
-    batches, share = method.epoch(0, identities), config.sampling.images_per_identity
-    shard_batch(batches[0], acc.process_index, acc.num_processes, share)  # refuses what cannot be shared
+    length, size = method.shape(identities)
+    shard_batch(np.arange(size), acc.process_index, acc.num_processes, config.sampling.images_per_identity)  # or refuse
     folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"processes": acc.num_processes})
-    acc.print(
-        f"{len(identities.rows)} images of {identities.classes} identities, start: {stored.get('source', config.ckpt)}"
-    )
-    method.to(acc.device)
+    start = stored.get("source", config.ckpt)
+    acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {start}")
     facts = {"classes": identities.classes, "cameras": cameras, "ckpt": config.ckpt}
-    embed = features.embedder(method, Augment(config.augment), acc, config.benchmark.workers, config.benchmark.flip)
+    embed = features.embedder(method.to(acc.device), Augment(config.augment), acc, data.workers, data.flip)
 
     def save(folder: Path, more: dict[str, Any]) -> None:
         models.save(folder, method, config.method, config.augment, {**facts, **more})
@@ -120,19 +119,20 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     keeper = resume.Keeper(out, config.resume, epochs, method, plain, (config.model_dump(mode="json"), FREE_KEYS))
     done = keeper.restore(acc)
     folder.rewind(done.step - 1)
-    validation = Validation(config.validation, reader, split, out, config.benchmark.protocol)
+    validation = Validation(config.validation, reader, split, out, data.protocol)
     if acc.is_main_process:
         (out / "results.json").unlink(missing_ok=True)  # of an earlier launch
         validation.rewind(done.epoch)
-    total = done.images + (epochs - done.epoch) * batches.size - done.batch * batches.shape[1]
+    total = done.images + ((epochs - done.epoch) * length - done.batch) * size
     with Meter(total, "fine-tune", start=done.images, silent=not acc.is_main_process) as meter:
         journal = Journal(folder, acc, meter, config.log_every)
         validate = functools.partial(validation.after, epochs=epochs, embed=embed, save=save)
-        train(config, method, reader, identities, keeper, done, journal, ranks, validate)
+        hooks = (lambda: embed(reader, identities.rows).features), validate
+        train(config, method, reader, identities, keeper, done, journal, ranks, hooks)
     if acc.is_main_process:
         best = validation.restore(method)
         save(out / "model", best | validation.calibration(embed))
-        outcomes = benchmark.run(config.benchmark, config.rerank, embed, out, str(out), facts | best)
+        outcomes = benchmark.run(data, config.rerank, embed, out, str(out), facts | best)
         print(*(outcome.sentence for outcome in outcomes), sep="\n")
         folder.close()
     acc.wait_for_everyone()

@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.augment import Augment
 from finetune.identities import Identities
-from finetune.methods.base import ImageBatch
+from finetune.methods.base import ImageBatch, Plan
 from shards.images import decode
 from shards.reader import ShardReader
 from shards.seeds import generator
 
-Place = tuple[int, int, int, int]  # epoch, batch, slot in the global batch, position in identities.rows
+Place = tuple[int, int, int, int, int]  # epoch, batch, slot in the global batch, position in identities.rows, class
 
 
 class TrainViews(Dataset):
@@ -24,13 +24,13 @@ class TrainViews(Dataset):
         self.seed, self.draws = seed, draws
 
     def __getitem__(self, place: Place) -> tuple[np.ndarray, int, np.ndarray, int]:
-        epoch, batch, slot, position = place
+        epoch, batch, slot, position, label = place
         # the slot, not the image: an image may stand in a batch more than once
         rng = generator(self.seed, "finetune/views", epoch, batch, slot)
         row = int(self.identities.rows[position])
         view = self.augment.train_view(decode(self.reader[row].image), rng)
         draws = rng.random(self.draws, dtype=np.float32)
-        return view, int(self.identities.labels[position]), draws, int(self.reader.camids[row])
+        return view, label, draws, int(self.reader.camids[row])
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:
@@ -51,12 +51,15 @@ class Places:
         return len(self.batches)
 
 
-def places(epoch: int, batches: np.ndarray, per_identity: int, rank: int, ranks: int) -> list[list[Place]]:
-    """The places of process `rank`: of each global batch P / ranks identities. batches: int64 [batches, P * K]."""
-    size = batches.shape[1] // ranks
+def places(epoch: int, plan: Plan, per_identity: int, rank: int, ranks: int) -> list[list[Place]]:
+    """The places of process `rank`: of each global batch P / ranks identities."""
+    size = plan.batches.shape[1] // ranks
     assert size % per_identity == 0, "checked by sampling.shard_batch"
     slots = range(rank * size, (rank + 1) * size)
-    return [[(epoch, number, slot, int(batch[slot])) for slot in slots] for number, batch in enumerate(batches)]
+    return [
+        [(epoch, number, slot, int(batch[slot]), int(plan.labels[batch[slot]])) for slot in slots]
+        for number, batch in enumerate(plan.batches)
+    ]
 
 
 def collate(items: list[tuple[np.ndarray, int, np.ndarray, int]]) -> ImageBatch:

@@ -1,6 +1,7 @@
 """The contract of a fine-tune method: what the loop in run.py calls. A method is one file beside this one."""
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,18 @@ class ImageBatch:
         return ImageBatch(images, labels, self.drops, cameras)
 
 
+class Plan(NamedTuple):
+    """What an epoch trains on."""
+
+    batches: np.ndarray  # int64 [batches, B], the global ones: positions in identities.rows
+    labels: np.ndarray  # int64 [N], the class of each row; a method without labels makes its own
+
+
+Features = Callable[
+    [], np.ndarray
+]  # of all identities.rows by the model as it is now, float32 [N, F], on all processes
+
+
 class Parts(NamedTuple):
     """What a method is built from."""
 
@@ -52,10 +65,17 @@ class Method(nn.Module, abc.ABC):
         """Uniform draws that an image needs for stochastic depth."""
         return len(self.backbone.drops)
 
-    def epoch(self, number: int, identities: Identities) -> np.ndarray:
-        """The global batches of this epoch: int64 [batches, B], positions in identities.rows. P x K by default."""
+    def epoch(self, number: int, identities: Identities, features: Features) -> Plan:
+        """What epoch `number` trains on, the same on all processes: P x K batches of the true labels by default.
+
+        features: takes as long as to embed the training set, so only who needs them asks.
+        """
         shape = self.sampling.identities_per_batch, self.sampling.images_per_identity
-        return epoch_batches(identities.labels, *shape, self.seed, number)
+        return Plan(epoch_batches(identities.labels, *shape, self.seed, number), identities.labels)
+
+    def shape(self, identities: Identities) -> tuple[int, int]:
+        """How many batches the first epoch has, and how many images a global batch; without embedding anything."""
+        return self.epoch(0, identities, lambda: np.empty((0, 0), np.float32)).batches.shape
 
     @abc.abstractmethod
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
