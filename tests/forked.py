@@ -131,6 +131,7 @@ class Server:
 def _become(request: dict[str, Any], reply: int) -> NoReturn:
     """What the forked child does: the script, as an interpreter of its own would."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with `&` ignore it
     for number in (0, reply):
         os.close(number)
     os.open(os.devnull, os.O_RDONLY)
