@@ -74,6 +74,8 @@ def stages(out: Path, seed: int) -> dict[str, float]:
         "direct_teacher": evaluate("the teacher as it is", teacher, "direct_teacher"),
         "scratch": finetune("fine-tune from random weights", "none", "scratch"),
         "pretrained": finetune("fine-tune from the teacher, same recipe", teacher, "pretrained"),
+        "pictures": run("what the teacher sees", "pretrain/pictures.py", str(out / "pretrain"), reid, "--out",
+                        str(out / "pictures")),
     }  # fmt: skip
 
 
@@ -117,8 +119,8 @@ def main() -> None:
     write_json(out / "report.json", {**report, "seed": given.seed, "seconds": seconds, "versions": facts["versions"],
                                      "environment": facts})  # fmt: skip
     show(report)
-    print(f"{sum(seconds.values()) / 60:.1f} minutes in all; report: {given.out / 'report.json'}; "
-          f"ranked lists: {picture(out, ('scratch', 'pretrained'))}")  # fmt: skip
+    print(f"{sum(seconds.values()) / 60:.1f} minutes in all; report: {given.out / 'report.json'}")
+    print(f"pictures: {picture(out, ('scratch', 'pretrained'))}, and what the teacher sees in {out / 'pictures'}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pretrain.photometric import PhotometricConfig
 from pretrain.planning import PlanningConfig
 from pretrain.ranks import RanksConfig
 from pretrain.schedules import SchedulesConfig
+from pretrain.showing import PicturesConfig
 from pretrain.verdict import VerdictConfig
 from pretrain.views import ViewsConfig
 from recipes.load import Section
@@ -47,5 +48,6 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     ranks: RanksConfig = RanksConfig()
+    pictures: PicturesConfig = PicturesConfig()
     planning: PlanningConfig = PlanningConfig()
     verdict: VerdictConfig = VerdictConfig()

@@ -19,6 +19,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.heads import HeadsConfig
 from pretrain.losses import PART
 from pretrain.masks import MasksConfig, draw_mask
+from pretrain.showing import PicturesConfig
 from pretrain.views import Size, ViewsConfig
 
 MASKS_DRAWN = 2000  # for the mean number of masked patches; its standard error is 1 % then
@@ -26,6 +27,7 @@ FULL = 4  # bytes of a float32
 # share and bytes that come on top. CPU: the growth of a process was 16 to 32 % above the other items (four sizes, tried
 # once). CUDA: an assumption, context and libraries included
 SPARE = {"cpu": (0.25, 0.0), "cuda": (0.1, 1.5e9)}
+PICTURES = 500_000  # bytes of the pictures of an image after a snapshot, twice: PNG files, and in TensorBoard's
 LOG_LINE = 1500  # bytes of a line in metrics.jsonl and of the same values for TensorBoard
 
 
@@ -223,15 +225,21 @@ def state_bytes(modules: dict[str, nn.Module]) -> int:
 
 
 def folder_bytes(
-    modules: dict[str, nn.Module], kept: CheckpointConfig, steps: int, steps_per_epoch: float, log_every: int
+    modules: dict[str, nn.Module],
+    kept: CheckpointConfig,
+    steps: int,
+    steps_per_epoch: float,
+    log_every: int,
+    pictures: PicturesConfig,
 ) -> float:
-    """Bytes of a run folder at the end, or a little more than that: full states, teachers, the log.
+    """Bytes of a run folder at the end, or a little more than that: full states, teachers, pictures, the log.
 
     While a state is written there is one more of them.
     """
     states = min(kept.keep, max(1, math.ceil(steps / (kept.every_epochs * steps_per_epoch))))
     teachers = 1 + int(steps / (kept.teacher_every_epochs * steps_per_epoch))
+    drawn = teachers * pictures.images * PICTURES
     if kept.teacher_newest_every_epochs:
         teachers += min(kept.teacher_newest, int(steps / (kept.teacher_newest_every_epochs * steps_per_epoch)))
     teacher = tensor_bytes(modules["teacher"].backbone.vit.state_dict())
-    return states * state_bytes(modules) + teachers * teacher + steps // log_every * LOG_LINE
+    return states * state_bytes(modules) + teachers * teacher + drawn + steps // log_every * LOG_LINE

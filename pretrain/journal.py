@@ -19,6 +19,7 @@ from pretrain import dumps
 from pretrain.batch import Batch
 from pretrain.health import SKIPS, SPIKE, HealthConfig, Spike, Watch, effective_rank, signals
 from pretrain.losses import Guessed, Logits
+from pretrain.showing import Showing
 from pretrain.spikes import RollBack, Spikes
 from pretrain.student_teacher import Seen
 from recipes.errors import UserError
@@ -87,14 +88,16 @@ class Journal:
         modules: dict[str, nn.Module],
         config: HealthConfig,
         rates: tuple[float, float | None] | None = None,
+        showing: Showing | None = None,
     ):
         """meter: counts images; its total must be known. every: steps between two lines, images of a (global) step.
 
         modules: the training state, by name. rates: FLOPs of an image, forward and backward, and the
-        peak FLOP/s of all devices together, where it is known; the share of it that is used is told as `mfu`.
+        peak FLOP/s of all devices together, where it is known; the share of it that is used is told as `mfu`. showing:
+        draws pictures; the steps after which it does are written in any case.
         """
         self.folder, self.accelerator, self.meter, self.bad, self.rates = folder, accelerator, meter, bad, rates
-        (self.every, self.batch), self.config = every, config
+        (self.every, self.batch), self.config, self.showing = every, config, showing
         self.modules, self.skipped = modules, modules["skipped"]
         self.spikes: Spikes = modules["spikes"]
         # Sinkhorn-Knopp needs no centre; without centring it stays 0, which is a signal
@@ -124,7 +127,9 @@ class Journal:
     def due(self) -> bool:
         """Whether this step is written."""
         last = self.meter.done + self.batch >= self.meter.total
-        return last or self.step % self.every == 0 or (self.step < START and self.step % START_EVERY == 0)
+        early = self.step < START and self.step % START_EVERY == 0
+        shown = self.showing is not None and self.showing.due(self.step + 1)
+        return last or early or shown or self.step % self.every == 0
 
     def waited_for(self, batches: Iterator[Batch], accumulation: int) -> Iterator[Batch]:
         """The next `accumulation` micro-batches on the device; the time until each arrives counts as waiting."""
@@ -182,7 +187,8 @@ class Journal:
         self.spikes.see(step, self.means["loss"], self.finite, regime, self.config)
         note = ""
         if self.due:
-            line, spike = self._read(step, values), self._spike()
+            pictured = self.showing.after(step + 1, self.modules["teacher"]) if self.showing else {}
+            line, spike = self._read(step, values | pictured), self._spike()
             line |= {"spike": spike._asdict()} if spike else {}
             collapse = self._alarms(line)
             note = self._note(line)

@@ -54,10 +54,19 @@ class Keeper:
         length = every_epochs * self.steps_per_epoch
         return int(step / length) > int((step - 1) / length)
 
+    def snapshot(self, step: int) -> str | None:
+        """Name of the teacher that is kept for ever after that many steps; that of the end has one, too."""
+        if step == self.steps or self._due(step, self.config.teacher_every_epochs):
+            return self._name(step)
+        return None
+
+    def _name(self, step: int) -> str:
+        return f"epoch-{step / self.steps_per_epoch:07.2f}"
+
     def _teachers(self, step: int) -> list[tuple[Path, dict[str, Any]]]:
         """Folders of the exported teachers that are due, and what their config says beside the rest."""
-        epochs, found = step / self.steps_per_epoch, []
-        snapshot, newest = self.out / "teachers" / f"epoch-{epochs:07.2f}", self.config.teacher_newest_every_epochs
+        found: list[tuple[Path, dict[str, Any]]] = []
+        snapshot, newest = self.out / "teachers" / self._name(step), self.config.teacher_newest_every_epochs
         if self._due(step, self.config.teacher_every_epochs):
             found.append((snapshot, {"kept": "always"}))
         elif newest and self._due(step, newest):

@@ -18,6 +18,7 @@ from pretrain.loader import LoaderConfig, micro_batch
 from pretrain.losses import LossesConfig
 from pretrain.masks import MasksConfig
 from pretrain.schedules import SchedulesConfig, peak_lr
+from pretrain.showing import PicturesConfig
 from pretrain.views import ViewsConfig
 from recipes.errors import UserError
 from recipes.load import Section
@@ -58,6 +59,7 @@ class Recipe(Protocol):
     losses: LossesConfig
     schedules: SchedulesConfig
     checkpoint: CheckpointConfig
+    pictures: PicturesConfig
 
 
 class Plan(NamedTuple):
@@ -102,12 +104,11 @@ def plan(
     on = devices(wanted, half, config.dry_run, *launched)
     check_ranks(on.count, batch, config.order.lanes)
     images = wanted.images or len(reader)
-    micro, per_epoch = micro_batch(config.loader, on.count), images / batch
+    micro, per_epoch, share = micro_batch(config.loader, on.count), images / batch, batch // on.count
     steps, student, head = max(1, int(config.schedules.epochs * per_epoch)), modules["student"], config.heads
     where = ("cuda" if on.gpu else "cpu", torch.bfloat16 if half else torch.float32)
     sizes = cost.sizes(student.backbone, config.views, config.masks, student.mim, where)
     counts = tuple(sum(p.numel() for p in modules[name].parameters()) for name in ("student", "teacher"))
-
     copies = config.checkpoint.asynchronous and not on.gpu  # with a GPU they are in the memory of the host
     copied = {"copy of the state being saved": cost.state_bytes(modules)} if copies else {}
 
@@ -123,10 +124,9 @@ def plan(
         flops=cost.step_flops(sizes, head),
         peak=hardware.device_peak(launched[1]) if half else None,
         memory=memory(micro),
-        disk=cost.folder_bytes(modules, config.checkpoint, steps, per_epoch, config.log_every),
+        disk=cost.folder_bytes(modules, config.checkpoint, steps, per_epoch, config.log_every, config.pictures),
     )
-    fits = [n for n in range(1, batch // on.count + 1) if batch // on.count % n == 0]
-    fits = [n for n in fits if sum(memory(n).values()) <= ROOM * on.memory]
+    fits = [n for n in range(1, share + 1) if share % n == 0 and sum(memory(n).values()) <= ROOM * on.memory]
     lines = [*_sizes(made, images, on, config, start), *_work(made, on, config)]
     lines += _resources(made, on, config, out, reader)
     lines += _schedule(made, config.schedules) if config.dry_run else []

@@ -27,6 +27,7 @@ from pretrain.modules import build_modules
 from pretrain.planning import micro_batch_parts, plan
 from pretrain.ranks import Ranks
 from pretrain.scalars import Scalars
+from pretrain.showing import Showing
 from pretrain.starting import start_from
 from pretrain.student_teacher import put_back, running_statistics, update_teacher
 from recipes.errors import plain_errors
@@ -38,7 +39,7 @@ from shards.order import Order, check_ranks
 from shards.reader import ShardReader
 
 # may differ when a run is continued: they do not change what it computes
-FREE_KEYS = ("cache", "log_every", "health", "planning", "ranks", "verdict")
+FREE_KEYS = ("cache", "log_every", "health", "pictures", "planning", "ranks", "verdict")
 FREE_KEYS += ("checkpoint.asynchronous", "checkpoint.max_failed", "loader.workers", "loader.prefetch", "loader.max_bad")
 
 
@@ -81,7 +82,8 @@ def train(config: PretrainConfig, out: Path, accelerator: Accelerator, reader: S
     meter = Meter(steps * batch_size, "pretrain", start=first * batch_size, silent=not accelerator.is_main_process)
     every, bad = (config.log_every, batch_size), BadSamples(config.loader.max_bad, len(reader))
     rates = (planned.flops_per_image, planned.peak and planned.peak * world)
-    journal = Journal(folder, accelerator, meter, every, bad, modules, config.health, rates)
+    showing = Showing(out, config, keeper.snapshot, reader, accelerator, ranks.phase)
+    journal = Journal(folder, accelerator, meter, every, bad, modules, config.health, rates, showing)
     batches = ranks.waited_for(made)
     with meter, folder, keeper:
         for step in range(first, steps):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import socket
+import struct
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from recipes.lines import Appended
 
 VERSION = "brain.Event:2"  # of the format; the first record tells it
+RGB = 3  # TensorBoard's number for three channels
 
 
 def _record(event: Event) -> bytes:
@@ -58,9 +60,21 @@ class Scalars(GeneralTracker):
     @on_main_process
     def log(self, values: dict[str, float], step: int | None = None, **_: object) -> None:
         """One point on the curve of each name."""
+        self._add([Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()], step)
+
+    def _add(self, points: list[Summary.Value], step: int | None) -> None:
         self.file = self.file or self._begin()
-        points = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
         self.file.add(_record(Event(wall_time=time.time(), step=step or 0, summary=Summary(value=points))))
+
+    @on_main_process
+    def log_images(self, values: dict[str, bytes], step: int | None = None, **_: object) -> None:
+        """Pictures by their names, each as a whole PNG file."""
+        points = []
+        for name, data in values.items():
+            width, height = struct.unpack(">II", data[16:24])  # of the header that opens every PNG
+            picture = Summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=data)
+            points.append(Summary.Value(tag=name, image=picture))
+        self._add(points, step)
 
     @on_main_process
     def finish(self) -> None:

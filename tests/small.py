@@ -32,6 +32,7 @@ PRETRAIN = [
         "heads.bottleneck_dim=256",
     ),
     *("schedules.lr=0.016", "schedules.momentum=0.9", "schedules.momentum_end=0.9", "log_every=1", *VIT),
+    "pictures.images=0",  # tests/test_showing.py has them
 ]
 FINETUNE = [
     *("benchmark.draw=null", "benchmark.workers=0", "sampling.identities_per_batch=4", "benchmark.strips=2"),

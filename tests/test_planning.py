@@ -73,6 +73,7 @@ def crops(tmp_path_factory) -> Path:
 
 # 12 steps; states after 4, 8 and 12, of which two stay, teachers after 4, 8 and 12
 LENGTH = ["schedules.epochs=1.5", "checkpoint.every_epochs=0.5", "checkpoint.teacher_every_epochs=0.5", "precision=no"]
+LENGTH += ["pictures.images=0"]  # how many bytes a PNG takes hangs on what it shows
 
 
 def test_a_dry_run_tells_the_plan_and_leaves_nothing(crops, tmp_path, capsys, monkeypatch):
@@ -120,6 +121,16 @@ def test_the_plan_is_what_a_run_then_does(crops, tmp_path, capsys):
     assert plan.disk == pytest.approx(size, rel=0.05)
     # what watches over the run costs a little on such a network, and torch misses a product of the MIM term
     assert counter.get_total_flops() / (12 * 16) == pytest.approx(plan.flops_per_image, rel=0.05)
+
+
+def test_pictures_take_room_too(crops, tmp_path):
+    given = [*small.PRETRAIN, *LENGTH, "pictures.images=4", "checkpoint.teacher_every_epochs=1"]
+    named = {"recipe": "pretrain/smoke.yaml", "reader": ShardReader([crops], "unlabeled")}
+    plans = [planned(f"loader.shards=[{crops}]", *given, *more, **named) for more in ([], ["pictures.images=0"])]
+    out = tmp_path / "run"
+    assert small.run(small.arguments("pretrain/run.py", out, crops, *given)) == 0
+    pictures = sum(path.stat().st_size for path in out.glob("pictures/*/*.png"))
+    assert pictures < plans[0].disk - plans[1].disk < 6 * pictures, "twice, for TensorBoard has them too, or more"
 
 
 def test_time_is_work_by_rate():
