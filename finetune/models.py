@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+import finetune.ibn_resnet  # noqa: F401 - timm then knows its name
 from finetune import backbones
 from finetune.augment import AugmentConfig
 from finetune.backbones import BackboneConfig, TimmBackbone

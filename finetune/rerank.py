@@ -19,7 +19,7 @@ from recipes.errors import UserError
 from recipes.load import Section
 from recipes.progress import Meter
 
-BLOCK_BYTES = 64 << 20  # memory for a block of distances, of gathered features or of overlaps
+BLOCK_BYTES = 16 << 20  # memory for a block of distances, of gathered features or of overlaps
 SUM_BYTES = 4 << 20  # memory for the overlaps of a few queries: added up in no order, so they must stay in the cache
 PAIR_BYTES = 40  # that a pair with a common neighbour needs while overlaps are added up
 TILE = 2000  # rows that are compared with as many others at once
@@ -264,23 +264,27 @@ class Reranked:
         return scores
 
 
-def jaccard(features: np.ndarray, config: RerankConfig) -> csr_matrix:
-    """1 - Jaccard distance of all pairs that share a neighbour, float32 sparse [N, N]; where nothing stands it is 0.
+def jaccard(features: np.ndarray, config: RerankConfig, within: float = 1.0) -> csr_matrix:
+    """1 - Jaccard distance of the pairs with a distance of at most `within`, float32 sparse [N, N]; 0 elsewhere.
 
-    features: float32 [N, D], L2-normalised. For clustering; the distance of an image to itself is 0 up to rounding.
+    features: float32 [N, D], L2-normalised. For clustering; the distance of an image to itself is 0 up to rounding, and
+    that of images without a common neighbour, which never stand here, is 1.
     """
     features = _unit("image", features)
     found, _ = weights(features, config)
-    overlaps, rows, count = Overlaps(found, found), [], len(features)
+    overlaps, count, rows, columns, values = Overlaps(found, found), len(features), [], [], []
+    least = 2 * (1 - within) / (2 - within) - 1e-6  # the smaller weights of a pair so far apart add up to this
     with Meter(count, "overlaps") as meter:
-        for part in cut(PAIR_BYTES * overlaps.costs, BLOCK_BYTES):
+        # a row of sums for each image, in memory that the cache holds; most sums are of pairs that are too far
+        for part in cut(8 * count + PAIR_BYTES * overlaps.costs, SUM_BYTES):
             size = part.stop - part.start
             owners, others, smaller = overlaps.pairs(part)
-            near = csr_matrix((smaller, (owners, others)), shape=(size, count))  # adds up what falls together
-            near.data = np.minimum(near.data, 1)
-            near.data /= 2 - near.data
-            rows.append(near)
+            shared = np.minimum(np.bincount(owners * count + others, smaller, size * count), 1)
+            keep = np.flatnonzero(shared > max(least, 0))
+            shared = shared[keep].astype(np.float32)
+            rows.append(np.bincount(keep // count, minlength=size))
+            columns.append((keep % count).astype(np.int32))
+            values.append(shared / (2 - shared))
             meter.advance(size)
-    indices, data = (np.concatenate([getattr(row, name) for row in rows]) for name in ("indices", "data"))
-    pointers = np.append(0, np.cumsum(np.concatenate([np.diff(row.indptr) for row in rows])))
-    return csr_matrix((data, indices, pointers), shape=(count, count))
+    pointers = np.append(0, np.cumsum(np.concatenate(rows)))
+    return csr_matrix((np.concatenate(values), np.concatenate(columns), pointers), shape=(count, count))

@@ -49,10 +49,12 @@ class Keeper:
         method: Method,
         optimisers: Sequence[torch.optim.Optimizer],
         recipe: checkpoint.Recipe = ({}, ()),
+        apart: Mapping[str, Any] | None = None,
     ):
-        """epochs: of the whole run. recipe: the resolved one, and the keys that may differ when a run is continued."""
+        """epochs: of the whole run. recipe: the resolved one, and the keys that may differ when a run is continued.
+        apart: state beside the method's own, see `Method.apart`."""
         self.folder, self.config, self.epochs, self.recipe = out / "checkpoints", config, epochs, recipe
-        self.modules, self.trained = {"method": method}, (method, optimisers)
+        self.modules, self.trained = {"method": method, **(apart or {})}, (method, optimisers)
         self.writer = Writer(config.asynchronous, config.max_failed)
         self.saved: Position | None = None
         self.main = PartialState().is_main_process

@@ -8,17 +8,16 @@ Writes OUT/model and its evaluation (docs/finetuning.md, docs/evaluation.md). Th
 """
 
 import argparse
-import functools
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from finetune import benchmark, features, models, optim, resume, views
+from finetune import features, models, optim, resume, shared_work, unlabelled, views
 from finetune.augment import Augment
 from finetune.config import FinetuneConfig
 from finetune.identities import Identities, select_identities
@@ -64,7 +63,9 @@ def train(
     optimisers, wrapped = [acc.prepare(optimiser) for optimiser in keeper.trained[1]], acc.prepare(method)
     ranks.watch(method.backbone)  # not the method, which may wait in its forward for the others
     for epoch in range(done.epoch, epochs):
-        plan = method.epoch(epoch, identities, hooks[0])
+        with ranks.phase(EVALUATION):
+            plan = method.epoch(epoch, identities, hooks[0])
+        plan.tell(journal.folder, done.step, epoch)
         sampler.batches, length = views.places(epoch, plan, *share)[done.batch :], len(plan.batches)
         method.train()
         for number, batch in enumerate(ranks.waited_for(loader), start=done.batch):
@@ -97,18 +98,17 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     """Build the parts, train, evaluate."""
     data = config.benchmark
     ensure_sets([data.shards, *data.tests], data.draw, acc.is_main_process, acc.wait_for_everyone)
-    reader = ShardReader([data.shards], "train")
+    reader = ShardReader([data.shards], unlabelled.training_splits(config.identities, config.validation))
     split = hold_out(config.validation, reader.pids, reader.camids, data.protocol)
-    identities = select_identities(config.identities, split.training_pids(reader.pids))
-    cameras = max(0, int(reader.camids[identities.rows].max()) + 1)  # 0: nobody knows
+    identities = select_identities(config.identities, split.training_pids(reader.pids), reader.camids)
+    cameras = max(0, int(identities.cameras.max()) + 1)  # 0: nobody knows
     backbone, stored = models.start_backbone(config.ckpt, config.backbone, config.augment.size, config.seed)
     torch.manual_seed(config.seed)  # fresh weights are the same on all processes
     method = build(config.method, Parts(backbone, identities.classes, cameras, config.sampling, config.seed))
     length, size = method.shape(identities)
-    shard_batch(np.arange(size), acc.process_index, acc.num_processes, config.sampling.images_per_identity)  # or refuse
+    shard_batch(range(size), acc.process_index, acc.num_processes, config.sampling.images_per_identity)  # or refuse
     folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"processes": acc.num_processes})
-    start = stored.get("source", config.ckpt)
-    acc.print(f"{len(identities.rows)} images of {identities.classes} identities, start: {start}")
+    acc.print(f"{identities.sentence}, start: {stored.get('source', config.ckpt)}")
     facts = {"classes": identities.classes, "cameras": cameras, "ckpt": config.ckpt}
     embed = features.embedder(method.to(acc.device), Augment(config.augment), acc, data.workers, data.flip)
 
@@ -116,7 +116,8 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
         models.save(folder, method, config.method, config.augment, {**facts, **more})
 
     plain, epochs = [optim.build_optimizer(part, config.optim) for part in method.optimisers()], config.optim.epochs
-    keeper = resume.Keeper(out, config.resume, epochs, method, plain, (config.model_dump(mode="json"), FREE_KEYS))
+    recipe = config.model_dump(mode="json"), FREE_KEYS
+    keeper = resume.Keeper(out, config.resume, epochs, method, plain, recipe, method.apart())
     done = keeper.restore(acc)
     folder.rewind(done.step - 1)
     validation = Validation(config.validation, reader, split, out, data.protocol)
@@ -126,14 +127,13 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     total = done.images + ((epochs - done.epoch) * length - done.batch) * size
     with Meter(total, "fine-tune", start=done.images, silent=not acc.is_main_process) as meter:
         journal = Journal(folder, acc, meter, config.log_every)
-        validate = functools.partial(validation.after, epochs=epochs, embed=embed, save=save)
-        hooks = (lambda: embed(reader, identities.rows).features), validate
+        every = partial(shared_work.embed_together, embed, reader, identities.rows, acc)
+        hooks = every, partial(validation.after, epochs=epochs, embed=embed, save=save)
         train(config, method, reader, identities, keeper, done, journal, ranks, hooks)
     if acc.is_main_process:
         best = validation.restore(method)
         save(out / "model", best | validation.calibration(embed))
-        outcomes = benchmark.run(data, config.rerank, embed, out, str(out), facts | best)
-        print(*(outcome.sentence for outcome in outcomes), sep="\n")
+        unlabelled.measure(config.identities, data, config.rerank, embed, out, facts | best)
         folder.close()
     acc.wait_for_everyone()
 

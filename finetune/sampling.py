@@ -1,11 +1,15 @@
 """P×K batches: P identities with K images each, as the batch-hard triplet needs them."""
 
+from typing import TypeVar
+
 import numpy as np
 from pydantic import Field
 
 from recipes.errors import UserError
 from recipes.load import Section
 from shards.seeds import generator
+
+Places = TypeVar("Places", np.ndarray, range)
 
 
 class SamplingConfig(Section):
@@ -71,11 +75,11 @@ def epoch_batches(
     return np.stack(batches)
 
 
-def shard_batch(batch: np.ndarray, rank: int, world: int, images_per_identity: int) -> np.ndarray:
+def shard_batch(batch: Places, rank: int, world: int, images_per_identity: int) -> Places:
     """The part of a global P×K batch that process `rank` of `world` takes: P/world identities, K images each.
 
-    batch: int64 [P * K] of epoch_batches. Returns int64 [P * K / world]. Triplets are mined inside the part, so a part
-    needs two identities.
+    batch: int64 [P * K] of epoch_batches, or a range of as many. Returns P * K / world of them. Triplets are mined
+    inside the part, so a part needs two identities.
     """
     assert 0 <= rank < world
     assert len(batch) % images_per_identity == 0

@@ -1,9 +1,10 @@
 """The contract of a fine-tune method: what the loop in run.py calls. A method is one file beside this one."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from finetune.backbones import TimmBackbone
 from finetune.identities import Identities
 from finetune.sampling import SamplingConfig, epoch_batches
 from pretrain.backbone import Backbone, Tokens
+from recipes.errors import UserError
+from recipes.record import RunFolder
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,19 @@ class Plan(NamedTuple):
 
     batches: np.ndarray  # int64 [batches, B], the global ones: positions in identities.rows
     labels: np.ndarray  # int64 [N], the class of each row; a method without labels makes its own
+    told: Mapping[str, Any] = MappingProxyType({})  # numbers about the epoch for a line of metrics.jsonl, if any
+    notes: tuple[str, ...] = ()  # sentences for the terminal
+
+    def tell(self, folder: RunFolder, step: int, epoch: int) -> None:
+        """Print the notes and write the numbers, in the main process, before step `step` of the run."""
+        if folder.main and self.notes:
+            print(*self.notes, sep="\n", flush=True)
+        if self.told:
+            folder.log({"step": step, "epoch": epoch, **self.told})
 
 
-Features = Callable[
-    [], np.ndarray
-]  # of all identities.rows by the model as it is now, float32 [N, F], on all processes
+# of all identities.rows by the model as it is now, float32 [N, F], the same on all processes, which must all ask
+Features = Callable[[], np.ndarray]
 
 
 class Parts(NamedTuple):
@@ -68,8 +79,12 @@ class Method(nn.Module, abc.ABC):
     def epoch(self, number: int, identities: Identities, features: Features) -> Plan:
         """What epoch `number` trains on, the same on all processes: P x K batches of the true labels by default.
 
-        features: takes as long as to embed the training set, so only who needs them asks.
+        features: takes as long as to embed the training set, so only who needs them asks. A run that goes on inside an
+        epoch asks for that epoch again: what was made of features then must be part of the state (`apart`).
         """
+        if not identities.classes:
+            raise UserError("identities.labels = none leaves no classes to learn, and this method needs them; choose "
+                            "method.name=cluster_contrast, or leave identities.labels away")  # fmt: skip
         shape = self.sampling.identities_per_batch, self.sampling.images_per_identity
         return Plan(epoch_batches(identities.labels, *shape, self.seed, number), identities.labels)
 
@@ -92,6 +107,11 @@ class Method(nn.Module, abc.ABC):
     def tokens(self, images: Tensor, cameras: Tensor | None = None) -> Tokens:
         """What the backbone sees in images [B, 3, H, W], patch by patch; called in eval mode."""
         return self.backbone(images)
+
+    def apart(self) -> Mapping[str, Any]:
+        """What belongs to the state of a run and not to the exported model, by name: things with `state_dict` and
+        `load_state_dict` as a module has them, whose tensors may be of another shape each time."""
+        return {}
 
     def optimisers(self) -> list[nn.Module]:
         """The modules that get an optimiser each; one for all by default."""
