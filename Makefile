@@ -61,7 +61,7 @@ test-pages: setup  ## Chromium for the tests of the pages (asks for sudo), and t
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/pages
 
 docs: setup  ## the documentation as a site, in site/ (to read while you write: .venv/bin/mkdocs serve)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 soak: setup  ## the long tests, and the table of faults of docs/reliability.md

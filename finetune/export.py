@@ -111,7 +111,7 @@ def main() -> None:
         print(f"  checked    lowest cosine with torch: {told}")
     elif given.to == "hub":
         hub_folder.write(given.out, model, augment, stored, dim, Path(given.ckpt))
-        print(f"  written    --ckpt {given.out}; publish: huggingface-cli upload OWNER/NAME {given.out}")
+        print(f"  written    --ckpt {given.out}; publish: hf upload OWNER/NAME {given.out}")
     else:
         save_model(given.out, model.state_dict(), dict(stored))
         print(f"  written    --ckpt {given.out}")

@@ -38,7 +38,9 @@ def _place(path: Path, data: bytes) -> None:
 def histogram(path: Path, values: np.ndarray) -> None:
     """How many samples have which score, float64 [N]; and where the cuts of the paper lie."""
     low, high = float(values.min()), float(values.max())
-    counts, edges = np.histogram(values, bins=BINS, range=(low, high) if high > low else (low - 0.01, high + 0.01))
+    if high - low < 1e-6:  # too little for bins
+        low, high = low - 0.01, high + 0.01
+    counts, edges = np.histogram(values, bins=BINS, range=(low, high))
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     axes.stairs(counts, edges, fill=True, color="#4477aa")
     for fraction, style in zip(CUTS, ("-", "--"), strict=True):

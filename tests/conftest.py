@@ -2,6 +2,7 @@
 
 import functools
 import io
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def _records() -> list[Record]:
         captions = (f"person {i} wears red", "ein zweiter Satz, ä")[: i % 3]
         rows.append(Record(f"query/{i}", "query", functools.partial(encoded, i), i, 0, captions))
     return rows + [Record(f"gallery/{i}", "gallery", functools.partial(encoded, i), i - 7, 1) for i in range(58, 65)]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[dict[int, object]]:
+    """Puts the signal handlers of this process back: a training that was stopped in it leaves signals ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -34,15 +34,6 @@ def test_of_processes_that_live_the_one_behind_is_named():
     assert "look at the network" in _behind([sign(0, 7, "compute"), sign(1, 7, "compute")])
 
 
-@pytest.fixture
-def handlers():
-    """Puts the handlers of this process back after the test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_a_signal_is_noted_while_a_state_can_be_saved_and_ends_the_process_before(handlers):
     with Stops() as stops:
         with pytest.raises(Exit, match="stopped by SIGUSR1; the same command goes on") as told:
