@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from finetune import page
 from finetune.strips import draw_strips
 from recipes.errors import UserError, plain_errors
 from recipes.record import environment, write_json
@@ -26,6 +27,7 @@ from shards.embeddings import EmbeddingTable
 from shards.reader import ShardReader
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPARISON = "compare.html"
 COLUMNS = ("mAP", "rank1", "rank5", "mINP")
 ROWS = {
     "histogram": "colour histograms, no network",
@@ -76,6 +78,10 @@ def stages(out: Path, seed: int) -> dict[str, float]:
         "pretrained": finetune("fine-tune from the teacher, same recipe", teacher, "pretrained"),
         "pictures": run("what the teacher sees", "pretrain/pictures.py", str(out / "pretrain"), reid, "--out",
                         str(out / "pictures")),
+        "page": run("the page of the pretraining", "finetune/report.py", str(out / "pretrain"), "--pictures",
+                    str(out / "pictures")),
+        "comparison": run("the page that compares all models", "finetune/report.py",
+                          *(str(out / name) for name in reversed(ROWS)), "--out", str(out / COMPARISON)),
     }  # fmt: skip
 
 
@@ -121,6 +127,7 @@ def main() -> None:
     show(report)
     print(f"{sum(seconds.values()) / 60:.1f} minutes in all; report: {given.out / 'report.json'}")
     print(f"pictures: {picture(out, ('scratch', 'pretrained'))}, and what the teacher sees in {out / 'pictures'}")
+    print(f"open in a browser: {out / COMPARISON}, {out / 'pretrain' / page.NAME}, {out / 'pretrained' / page.NAME}")
 
 
 if __name__ == "__main__":

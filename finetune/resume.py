@@ -19,6 +19,9 @@ from pretrain.saving import Writer
 from recipes.errors import UserError
 from recipes.load import Section
 
+# keys of the recipe that may differ when a run is continued: they do not change what it computes
+FREE_KEYS = ("benchmark.workers", "benchmark.strips", "benchmark.nearest", "log_every", "resume", "ranks")
+
 
 class ResumeConfig(Section):
     """When the state is saved."""

@@ -4,7 +4,7 @@
     python finetune/run.py --ckpt none                           the same from random weights
     python finetune/run.py --ckpt runs/pretrain --recipe recipes/finetune/bot_market1501.yaml --out runs/market
 
-Writes OUT/model and its evaluation (docs/finetuning.md, docs/evaluation.md). The same command goes on after a kill.
+Writes OUT/model, its evaluation and OUT/report.html (docs/finetuning.md). The same command goes on after a kill.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from finetune import features, models, optim, resume, shared_work, unlabelled, views
+from finetune import features, models, optim, page, resume, shared_work, unlabelled, views
 from finetune.augment import Augment
 from finetune.config import FinetuneConfig
 from finetune.identities import Identities, select_identities
 from finetune.journal import Journal
 from finetune.methods import build
 from finetune.methods.base import Features, Method, Parts
+from finetune.page_run import FINETUNE, open_run
 from finetune.sampling import shard_batch
 from finetune.validation import Validation, hold_out
 from pretrain import processes
@@ -34,9 +35,6 @@ from recipes.progress import Meter
 from recipes.record import RunFolder
 from shards.on_demand import ensure_sets
 from shards.reader import ShardReader
-
-# may differ when a run is continued: they do not change what it computes
-FREE_KEYS = ("benchmark.workers", "benchmark.strips", "benchmark.nearest", "log_every", "resume", "ranks")
 
 
 def arguments() -> tuple[FinetuneConfig, Path]:
@@ -107,7 +105,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     method = build(config.method, Parts(backbone, identities.classes, cameras, config.sampling, config.seed))
     length, size = method.shape(identities)
     shard_batch(range(size), acc.process_index, acc.num_processes, config.sampling.images_per_identity)  # or refuse
-    folder = RunFolder.open(out, config, acc.is_main_process, FREE_KEYS, {"processes": acc.num_processes})
+    folder = RunFolder.open(out, config, acc.is_main_process, resume.FREE_KEYS, {"processes": acc.num_processes})
     acc.print(f"{identities.sentence}, start: {stored.get('source', config.ckpt)}")
     facts = {"classes": identities.classes, "cameras": cameras, "ckpt": config.ckpt}
     embed = features.embedder(method.to(acc.device), Augment(config.augment), acc, data.workers, data.flip)
@@ -116,7 +114,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
         models.save(folder, method, config.method, config.augment, {**facts, **more})
 
     plain, epochs = [optim.build_optimizer(part, config.optim) for part in method.optimisers()], config.optim.epochs
-    recipe = config.model_dump(mode="json"), FREE_KEYS
+    recipe = config.model_dump(mode="json"), resume.FREE_KEYS
     keeper = resume.Keeper(out, config.resume, epochs, method, plain, recipe, method.apart())
     done = keeper.restore(acc)
     folder.rewind(done.step - 1)
@@ -135,6 +133,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
         save(out / "model", best | validation.calibration(embed))
         unlabelled.measure(config.identities, data, config.rerank, embed, out, facts | best)
         folder.close()
+        page.write([open_run(out)], {FINETUNE: FinetuneConfig}, out / page.NAME)
     acc.wait_for_everyone()
 
 
