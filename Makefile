@@ -47,9 +47,10 @@ lint: setup  ## style and the import law
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-# One thread: the tests use tiny tensors, some start two processes, and equal thread counts give equal bits.
+# One thread: the tests use tiny tensors, some start two processes, and equal thread counts give equal bits. A file is
+# tested by one process, because its tests share what they made; more than four processes would only take memory.
 test: lint  ## lint and the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 # Debian's and Ubuntu's Chromium; elsewhere install one and say where it is: CHROMIUM=/path/to/chromium make test
 test-pages: setup  ## Chromium for the tests of the pages (asks for sudo), and these tests; `make test` then runs them too

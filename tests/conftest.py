@@ -53,7 +53,7 @@ def _records() -> list[Record]:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[dict[int, object]]:
     """Puts the signal handlers of this process back: a training that was stopped in it leaves signals ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -264,6 +264,7 @@ def test_without_gradio_the_way_to_get_it_is_told(served, monkeypatch, capsys):
 
 def test_from_the_command_line_to_ctrl_c(served, capsys):
     port, codes = small.free_port(), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs that ignore it
 
     def visit_and_interrupt():
         try:
