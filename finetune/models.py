@@ -19,7 +19,8 @@ from finetune.sampling import SamplingConfig
 from pretrain import hub, untrusted
 from pretrain.architecture import misfits
 from pretrain.backbone import Backbone
-from pretrain.checkpoint import CONFIG, load_backbone, load_model, save_model
+from pretrain.checkpoint import CONFIG, load_backbone, load_model, read_state, save_model, states
+from pretrain.committed import Damaged
 from pretrain.foreign import TIMM, is_foreign
 from pretrain.foreign_styles import bare_keys, unwrap
 from pretrain.model_config import empty_model, model_arguments
@@ -112,6 +113,19 @@ def _prepared(augment: dict[str, Any], stored: dict[str, Any], ckpt: str) -> Aug
     return validate(AugmentConfig, augment | normalize, f"--ckpt {ckpt}: normalize in its {CONFIG}")
 
 
+def _of_epoch(state: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The model in RUN/checkpoints/samples-N, of an epoch of a fine-tune that has ended, with the config of RUN/model;
+    None: `state` is another thing. UserError where one of the two is damaged."""
+    if state not in states(state.parent):
+        return None
+    try:
+        tensors, _ = read_state(state)
+    except Damaged as error:
+        raise UserError(f"--ckpt {state}: {error}; take another state, or the model of the run") from error
+    prefix, (_, stored) = "method.", load_model(state.parent.parent)
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}, stored
+
+
 def fine_tuned(
     ckpt: str, choices: foreign_reid.Choices = foreign_reid.AS_PUBLISHED
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -122,7 +136,7 @@ def fine_tuned(
     if is_foreign(ckpt):
         found = foreign_reid.read(ckpt, choices)
         return None if found is None else (found.tensors, found.config)
-    tensors, stored = load_model(ckpt)
+    tensors, stored = _of_epoch(Path(ckpt)) or load_model(ckpt)
     return (tensors, stored) if stored.get("kind") == "reid" else None
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from finetune import resume
+from finetune import models, resume
 from finetune.resume import Position, ResumeConfig
 from pretrain import checkpoint
 from recipes.errors import UserError
@@ -84,6 +84,21 @@ def test_stopped_twice(more, people, tmp_path, monkeypatch, capsys):
         curves = [small.json_of(tmp_path / name / "validation.json") for name in ("run", "whole")]
         assert curves[0] == curves[1]
         assert [row["epoch"] for row in curves[0]["epochs"]] == list(range(1, 9))
+
+
+def test_the_model_of_an_epoch(people, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert small.run(command(run, people, "resume.keep=9")) == 0
+    first, *_, last = checkpoint.states(run / "checkpoints")
+    whole, _, stored = models.load_known(str(run))
+    same, _, told = models.load_known(str(last))
+    assert told == stored
+    assert models.fingerprint(same) == models.fingerprint(whole)
+    assert models.fingerprint(models.load_known(str(first))[0]) != models.fingerprint(whole)
+    tensors = next(first.glob("*.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    with pytest.raises(UserError, match="take another state, or the model of the run"):
+        models.load_known(str(first))
 
 
 def test_killed_in_the_middle_of_an_epoch(people, tmp_path):
