@@ -79,8 +79,9 @@ def _from_file(ckpt: str, wanted: dict[str, Any], drop_path: float) -> tuple[Tim
 
 def save(folder: Path, method: Method, section: dict[str, Any], augment: AugmentConfig, facts: dict[str, Any]) -> None:
     """Export a fine-tuned model. section: the recipe's `method` section."""
+    tensors, section = method.exported(section)
     config = {"kind": "reid", "method": section, "timm": method.backbone.arguments, "augment": augment.model_dump()}
-    save_model(folder, method.state_dict(), {**config, **facts})
+    save_model(folder, tensors, {**config, **facts})
 
 
 def _load_method(ckpt: str, tensors: dict[str, torch.Tensor], stored: dict[str, Any]) -> tuple[Method, AugmentConfig]:
@@ -122,8 +123,8 @@ def _of_epoch(state: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
         tensors, _ = read_state(state)
     except Damaged as error:
         raise UserError(f"--ckpt {state}: {error}; take another state, or the model of the run") from error
-    prefix, (_, stored) = "method.", load_model(state.parent.parent)
-    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}, stored
+    last, stored = load_model(state.parent.parent)
+    return {key: tensors[f"method.{key}"] for key in last if f"method.{key}" in tensors}, stored
 
 
 def fine_tuned(

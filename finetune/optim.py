@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from timm.models import group_parameters
 from torch import nn
 
@@ -28,10 +28,13 @@ class OptimConfig(Section):
     epochs: int = Field(120, ge=1)
     warmup_epochs: float = Field(20.0, ge=0)  # linear from warmup_factor * lr, the same start for biases
     warmup_factor: float = Field(0.01, ge=0, le=1)
-    schedule: Literal["cosine", "steps"] = "cosine"  # after the warm-up
+    # after the warm-up; "tail": the same until `tail_start`, then exponentially down to tail_factor at the end
+    schedule: Literal["cosine", "steps", "tail"] = "cosine"
     end_factor: float = Field(0.002, ge=0, le=1)  # the cosine ends at end_factor * lr
     steps: tuple[float, ...] = (40.0, 90.0)  # epochs, growing: from each on the rate is `gamma` times what it was
-    gamma: float = Field(0.1, gt=0, le=1)  # of the steps
+    gamma: float | tuple[float, ...] = 0.1  # of the steps, in (0, 1]; or one for each of them
+    tail_start: float = Field(150.0, ge=0)  # epochs; AlignedReID's reproduction
+    tail_factor: float = Field(0.001, gt=0, le=1)
     by: Literal["epoch", "step"] = "epoch"  # how often the rate changes; published: each epoch
 
     @field_validator("steps")
@@ -40,6 +43,23 @@ class OptimConfig(Section):
         if list(steps) != sorted(set(steps)) or any(step <= 0 for step in steps):
             raise ValueError(f"steps must be growing epochs above 0, not {steps}")
         return steps
+
+    @model_validator(mode="after")
+    def _one_factor_a_step(self) -> "OptimConfig":
+        if isinstance(self.gamma, tuple) and len(self.gamma) != len(self.steps):
+            raise ValueError(
+                f"gamma has {len(self.gamma)} factors for {len(self.steps)} steps; give one for each, or one"
+            )
+        if not all(0 < factor <= 1 for factor in self.factors):
+            raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
+        if self.schedule == "tail" and not self.tail_start < self.epochs:
+            raise ValueError(f"tail_start={self.tail_start:g} must come before the end, epochs={self.epochs}")
+        return self
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Of each step."""
+        return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,) * len(self.steps)
 
 
 def learning_rate(progress: float, base: float, config: OptimConfig) -> float:
@@ -51,7 +71,10 @@ def learning_rate(progress: float, base: float, config: OptimConfig) -> float:
     if progress < config.warmup_epochs:
         return start + progress * (base - start) / config.warmup_epochs
     if config.schedule == "steps":
-        return base * config.gamma ** sum(progress >= step for step in config.steps)
+        return base * math.prod(f for step, f in zip(config.steps, config.factors, strict=True) if progress >= step)
+    if config.schedule == "tail":  # the first epoch of the tail is already lower, and the last one at tail_factor
+        done = max(0.0, (progress + 1 - config.tail_start) / (config.epochs - config.tail_start))
+        return base * config.tail_factor**done
     return end + 0.5 * (base - end) * (1 + math.cos(math.pi * progress / config.epochs))
 
 

@@ -234,5 +234,5 @@ class Validation:
         if best is None:
             return {}
         tensors, _ = load_model(self.out / BEST)
-        model.load_state_dict(tensors)
+        model.load_state_dict({**model.state_dict(), **tensors})  # what is not exported stays
         return {FOUND: best}

@@ -108,6 +108,24 @@ class Method(nn.Module, abc.ABC):
         """What the backbone sees in images [B, 3, H, W], patch by patch; called in eval mode."""
         return self.backbone(images)
 
+    @property
+    def local_shape(self) -> tuple[int, int] | None:
+        """(H, c) of `embed_local`; None: there are no local features, and no second stage of a search."""
+        return None
+
+    def embed_local(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
+        """Local features, float32 [B, H, c], of images [B, 3, h, w]; called in eval mode."""
+        raise AssertionError("this method has no local features")
+
+    def local_distance(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """The second stage of a search: distances float32 [q, g] of local features [q, H, c] and [g, H, c]."""
+        raise AssertionError("this method has no local features")
+
+    def exported(self, section: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and `method` section of the model that comes out. section: the recipe's. What only a training needs
+        may be left out of both."""
+        return self.state_dict(), section
+
     def apart(self) -> Mapping[str, Any]:
         """What belongs to the state of a run and not to the exported model, by name: things with `state_dict` and
         `load_state_dict` as a module has them, whose tensors may be of another shape each time."""
@@ -128,6 +146,8 @@ class Direct(nn.Module):
     def embed(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
         """images [B, 3, H, W] -> [B, D]; cameras are not looked at."""
         return torch.nn.functional.normalize(self.backbone(images, patches="none").cls.float(), dim=-1)
+
+    local_shape = None  # no second stage of a search, see Method
 
     def tokens(self, images: Tensor, cameras: Tensor | None = None) -> Tokens:
         """All tokens of images [B, 3, H, W]."""
