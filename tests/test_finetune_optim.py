@@ -42,6 +42,29 @@ def test_rates_are_the_published_ones(module, epoch, rate):
     assert optimizer.param_groups[0]["lr"] == learning_rate(epoch - 1, 4e-4, config)
 
 
+@pytest.mark.parametrize(("epoch", "rate"), [(1, 2e-4), (150, 2e-4), (151, 2e-4 * 0.001 ** (1 / 150)), (300, 2e-7)])
+def test_rates_of_the_reproduction_of_aligned_reid(module, epoch, rate):
+    config = OptimConfig(kind="adam", lr=2e-4, bias_lr_factor=1, epochs=300, warmup_epochs=0, schedule="tail")
+    assert set_rate(build_optimizer(module, config), epoch - 1, config) == pytest.approx(rate)
+
+
+def test_each_step_has_its_factor(module):
+    config = OptimConfig(lr=3e-4, epochs=200, warmup_epochs=0, schedule="steps", steps=(60, 120), gamma=(1 / 3, 0.1))
+    optimizer = build_optimizer(module, config)
+    assert [set_rate(optimizer, at, config) for at in (59, 60, 120)] == pytest.approx([3e-4, 1e-4, 1e-5])
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"gamma": (0.1, 0.1, 0.1)}, "3 factors for 2 steps"),
+    ({"gamma": 0.0}, "gamma must lie in"),
+    ({"gamma": (0.1, 2.0)}, "gamma must lie in"),
+    ({"schedule": "tail", "epochs": 150}, "must come before the end"),
+])  # fmt: skip
+def test_settings_that_do_not_fit(given, told):
+    with pytest.raises(ValueError, match=told):
+        OptimConfig(**given)
+
+
 def test_biases_start_alike_and_then_go_twice_as_high(module):
     config = OptimConfig()
     optimizer = build_optimizer(module, config)

@@ -25,7 +25,7 @@ from pretrain.backbone import Backbone, Tokens
 from recipes.errors import UserError
 from recipes.load import Section
 
-APART = 1 << 32  # between the seeds of the networks' heads
+APART = 0x9E3779B1  # between the seeds of the networks' heads: torch looks at the lower 32 bits only
 
 
 class Config(Section):
