@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from finetune import confidence, reporting, verification
+from finetune import alignment_picture, confidence, reporting, verification
 from finetune.breakdown import QUERY_COLUMNS, by_cameras, matching, nearest, query_rows, spread
+from finetune.features import Embedder
 from finetune.metrics import JUNK, Protocol, Retrieval, evaluate
 from finetune.pair_counts import Pairs
 from finetune.rerank import RerankConfig, Reranked
+from finetune.rescoring import Rescored, RescoringConfig
 from finetune.strips import draw_strips
 from finetune.verification import Calibration, calibration_of
 from recipes.errors import UserError
@@ -30,7 +32,8 @@ LEVEL = 0.95  # of the confidence intervals
 BINS = 1 << 16  # of the cosine; distances.png shows fewer, cut to where the pairs are
 # of several sets, in the results.json of all
 SHORT = ("mAP", "rank1", "rank5", "rank10", "mINP", "valid", "skipped", "data", "shards", "version", "protocol")
-FILES = (RESULTS, TABLE, "queries.csv", "nearest.json", "strips.png", "distances.png", "cameras.csv", "cameras.png")
+FILES = (RESULTS, TABLE, "queries.csv", "nearest.json", "strips.png", "distances.png", "cameras.csv", "cameras.png",
+         alignment_picture.NAME)  # fmt: skip
 
 
 class BenchmarkConfig(Section):
@@ -42,6 +45,7 @@ class BenchmarkConfig(Section):
     draw: Path | None = None  # recipe under recipes/shards that makes a set on first use
     workers: int = Field(2, ge=0)  # loader processes
     protocol: Protocol = Protocol()
+    rescoring: RescoringConfig = RescoringConfig()  # of models with local features
     flip: bool = False  # the feature is the mean over an image and its mirror image; twice the time to embed
     far: float = Field(1e-3, gt=0, lt=1)  # false accept rate that the threshold for "same person" may have
     bootstrap: int = Field(1000, ge=0)  # resamples of the queries for the confidence intervals; 0 = none
@@ -176,8 +180,35 @@ def _pictures(
     return shown
 
 
+def _rescore(
+    config: BenchmarkConfig, tables: Tables, embed: Embed, folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The numbers after a second stage, one tree for each of its distances; and alignment.png with what it shows."""
+    second = config.rescoring
+    if not second.distances:
+        return [], {}
+    if not isinstance(embed, Embedder):
+        raise UserError("benchmark.rescoring needs a model with local features; leave its distances empty")
+    local = embed.local(tables.readers["query"]), embed.local(tables.readers["gallery"])
+    query, gallery, told, search = tables.query, tables.gallery, [], None
+    for kind in second.distances:
+        search = Rescored((query.features, gallery.features), local, embed.model.local_distance, kind, second)
+        with Meter(len(query), f"search by {kind} distance", "queries") as meter:
+            found = evaluate(query, gallery, config.protocol, scores=search.scores, meter=meter)
+        how = {"distance": kind, "candidates": search.count, "weight": second.weight}
+        told.append({**_numbers(found, config.bootstrap), **how})
+    if not config.strips:
+        return told, {}
+    rows = spread(found, config.strips)
+    pairs = [(row, int(alignment_picture.first(search.order(row), query, gallery, row, config.protocol)))
+             for row in rows]  # fmt: skip
+    readers = tables.readers["query"], tables.readers["gallery"]
+    shown = alignment_picture.draw(folder / alignment_picture.NAME, readers, (query, gallery), local, pairs)
+    return told, {alignment_picture.NAME: shown}
+
+
 def _report(
-    config: BenchmarkConfig, rerank: RerankConfig, tables: Tables, folder: Path, facts: Mapping[str, Any]
+    config: BenchmarkConfig, rerank: RerankConfig, tables: Tables, embed: Embed, folder: Path, facts: Mapping[str, Any]
 ) -> Outcome:
     """Search one set and write everything about it; results.json comes last."""
     query, gallery, protocol = tables.query, tables.gallery, config.protocol
@@ -192,6 +223,7 @@ def _report(
         with Meter(len(query), "search re-ranked", "queries") as meter:
             second = evaluate(query, gallery, protocol, scores=again.scores, meter=meter)
         told["reranked"] = {**_numbers(second, config.bootstrap), "rerank": rerank.model_dump()}
+    told["rescored"], shown = _rescore(config, tables, embed, folder)
     matches = matching(query, gallery, protocol)
     told["cameras"] = by_cameras(query, gallery, matches, protocol)
     reporting.write_csv(folder / "queries.csv", QUERY_COLUMNS, query_rows(query, gallery, matches, plain, second))
@@ -200,7 +232,7 @@ def _report(
         rows = ([pair[column] for column in columns] for pair in told["cameras"])
         reporting.write_csv(folder / "cameras.csv", columns, rows)
     write_json(folder / "nearest.json", nearest(query, gallery, config.nearest))
-    shown = _pictures(folder, config, tables, told, plain, pairs)
+    shown |= _pictures(folder, config, tables, told, plain, pairs)
     write_text(folder / TABLE, reporting.table(told["title"], [told], shown))
     write_json(folder / RESULTS, told)
     return Outcome(folder, told, plain, second)
@@ -218,7 +250,7 @@ def run(
 ) -> list[Outcome]:
     """Search every set of the config and write what came out, for one set into OUT, for several into OUT/<set>.
 
-    embed: from a reader to its table, for example features.embedder of a model. title: what was evaluated, for tables
+    embed: from a reader to its table, for example features.Embedder of a model. title: what was evaluated, for tables
     and pictures. facts: more about it, JSON-able, for results.json. With several sets OUT/table.md and OUT/results.json
     have the numbers of all. Call it in one process only.
     """
@@ -231,7 +263,7 @@ def run(
         _clear(folder)
         tables = Tables(path, embed)
         tables.save(folder / "embeddings")
-        outcomes.append(_report(config, rerank, tables, folder, {"title": title, **facts}))
+        outcomes.append(_report(config, rerank, tables, embed, folder, {"title": title, **facts}))
     if len(sets) > 1:
         every = [outcome.told for outcome in outcomes]
         pages = {f"{folder.name}/{TABLE}": folder.name for folder in folders}

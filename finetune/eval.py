@@ -97,7 +97,7 @@ def embedder(ckpt: str, config: FinetuneConfig, stored: bool, accelerator: Accel
     else:
         model, augment = models.load_embedder(ckpt, config.backbone, config.augment, config.seed)
     settings = config.benchmark.workers, config.benchmark.flip
-    return features.embedder(model.to(accelerator.device), Augment(augment), accelerator, *settings)
+    return features.Embedder(model.to(accelerator.device), Augment(augment), accelerator, *settings)
 
 
 def short_finetune(given: argparse.Namespace, config: FinetuneConfig, out: Path) -> ShortFinetune:

@@ -1,6 +1,7 @@
 """Images -> features, with any model that has `embed`: a whole split in memory, or chunk by chunk."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.augment import Augment
 from finetune.histogram import histogram_features
+from recipes.errors import UserError
 from recipes.progress import Meter, track
 from shards.embeddings import EmbeddingTable, Keys
 from shards.images import decode
@@ -45,14 +47,16 @@ def embed_spans(
     meter: Meter,
     batch: int = BATCH,
     flip: bool = False,
+    local: bool = False,
 ) -> Iterator[np.ndarray]:
     """The features of each span of rows, float32 [len(span), F], by this process alone.
 
     model: has `embed`, images [B, 3, H, W], cameras [B] -> L2-normalised [B, F]. workers: loader processes. flip: the
-    mean with the feature of the mirrored image, normalised again. The batches are cut within a span, so its features do
-    not depend on the other spans.
+    mean with the feature of the mirrored image, normalised again. local: `embed_local` in its place, [len(span), H, c].
+    The batches are cut within a span, so its features do not depend on the other spans.
     """
     model.eval()
+    embed = model.embed_local if local else model.embed
     batches = [span[at : at + batch] for span in spans for at in range(0, len(span), batch)]
     loader = iter(
         DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=accelerator.device.type == "cuda")
@@ -62,28 +66,45 @@ def embed_spans(
         for _ in range(0, len(span), batch):
             images, cameras = (part.to(accelerator.device, non_blocking=True) for part in next(loader))
             with accelerator.autocast():
-                features = model.embed(images, cameras).float()
+                features = embed(images, cameras).float()
                 if flip:
-                    mirrored = model.embed(images.flip(3), cameras).float()
-                    features = torch.nn.functional.normalize(features + mirrored, dim=1)
+                    features = torch.nn.functional.normalize(features + embed(images.flip(3), cameras).float(), dim=-1)
             found.append(features.cpu().numpy())
             meter.advance(len(images))
         yield np.concatenate(found)
 
 
-def embedder(
-    model: nn.Module, augment: Augment, accelerator: Accelerator, workers: int, flip: bool = False
-) -> Callable[..., EmbeddingTable]:
-    """A function from a reader, and rows of it, to their features; model, workers and flip as in `embed_spans`."""
+@dataclass(frozen=True)
+class Embedder:
+    """From a reader, and rows of it, to their features; the fields as in `embed_spans`."""
 
-    def embed(reader: ShardReader, rows: np.ndarray | None = None) -> EmbeddingTable:
-        views = TestViews(reader, augment, rows)
-        with Meter(len(views), "embed", silent=not accelerator.is_main_process) as meter:
-            (features,) = embed_spans(model, views, [range(len(views))], accelerator, workers, meter, flip=flip)
+    model: nn.Module
+    augment: Augment
+    accelerator: Accelerator
+    workers: int
+    flip: bool = False
+
+    def _all(self, views: TestViews, label: str, local: bool) -> np.ndarray:
+        with Meter(len(views), label, silent=not self.accelerator.is_main_process) as meter:
+            how = {"flip": self.flip, "local": local}
+            spans = [range(len(views))]
+            (found,) = embed_spans(self.model, views, spans, self.accelerator, self.workers, meter, **how)
+        return found
+
+    def __call__(self, reader: ShardReader, rows: np.ndarray | None = None) -> EmbeddingTable:
+        """float32 [N, F] with labels and keys."""
+        views = TestViews(reader, self.augment, rows)
+        features = self._all(views, "embed", local=False)
         labels = reader.pids[views.rows], reader.camids[views.rows]
         return EmbeddingTable(features, *labels, Keys(reader.keys[views.rows]))
 
-    return embed
+    def local(self, reader: ShardReader) -> np.ndarray:
+        """The local features of all images, float16 [N, H, c]. UserError where the model has none."""
+        shape = getattr(self.model, "local_shape", None)
+        if shape is None:
+            raise UserError("benchmark.rescoring needs a model with local features, and this one has none; fine-tune "
+                            "one with method.name=aligned, or leave benchmark.rescoring.distances empty")  # fmt: skip
+        return self._all(TestViews(reader, self.augment), "embed stripes", local=True).astype(np.float16)
 
 
 def histogram_split(reader: ShardReader) -> EmbeddingTable:

@@ -104,6 +104,10 @@ def of_search(searched: Searched, album: Album) -> list[Picture]:
     words = {
         "distances.png": ("Distances of pairs", "Distances of pairs of one person and of two, and the ROC."),
         "cameras.png": ("Pairs of cameras", "mAP of the queries of one camera among the images of another one."),
+        "alignment.png": (
+            "Aligned stripes",
+            "Which stripe of a query meets which stripe of its first answer.",
+        ),
     }
     found = []
     for name, (title, otherwise) in words.items():

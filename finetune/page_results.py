@@ -106,6 +106,13 @@ class Reranked(Numbers):
     rerank: dict[str, Any] = {}
 
 
+class Second(Numbers):
+    """The numbers of a second stage by local features."""
+
+    distance: str
+    candidates: int = 0
+
+
 class Result(Numbers):
     """results.json of one set."""
 
@@ -120,6 +127,7 @@ class Result(Numbers):
     verification: Pairs | None = None
     calibration: Threshold | None = None
     reranked: Reranked | None = None
+    rescored: list[Second] = []
     not_measured: list[str] = []
 
     @property

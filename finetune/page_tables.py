@@ -8,7 +8,7 @@ import numpy as np
 from finetune.page_charts import Entry
 from finetune.page_results import Numbers, Result
 from finetune.page_run import Run, Searched
-from finetune.reporting import COLUMNS, percent
+from finetune.reporting import COLUMNS, SECOND, percent
 from pretrain.verdict import Interval, interval
 
 LEVEL, RESAMPLES, SEED = 0.95, 1000, 0  # of the intervals of differences
@@ -57,11 +57,15 @@ class Versus(NamedTuple):
 
 def states(result: Result) -> list[tuple[str, Numbers]]:
     """The numbers as searched and, where that was done, after re-ranking."""
-    if result.reranked is None:
-        return [("plain", result)]
-    chosen = result.reranked.rerank
-    told = ", ".join(f"{key} {chosen[key]}" for key in ("k1", "k2", "lam") if isinstance(chosen.get(key), int | float))
-    return [("plain", result), (f"re-ranked ({told})" if told else "re-ranked", result.reranked)]
+    found: list[tuple[str, Numbers]] = [("plain", result)]
+    if result.reranked is not None:
+        chosen, keys = result.reranked.rerank, ("k1", "k2", "lam")
+        told = ", ".join(f"{key} {chosen[key]}" for key in keys if isinstance(chosen.get(key), int | float))
+        found.append((f"re-ranked ({told})" if told else "re-ranked", result.reranked))
+    for second in result.rescored:
+        label = SECOND.get(second.distance, second.distance[:40])
+        found.append((f"first {second.candidates:,} by {label}", second))
+    return found
 
 
 def _low_high(numbers: Numbers, key: str) -> tuple[float, float] | None:

@@ -21,6 +21,8 @@ from recipes.record import write_text
 
 COLUMNS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 BLUE, ORANGE, GREY = "#4477aa", "#cc6633", "#555555"
+# second stages of a search, see rescoring.py
+SECOND = {"local": "aligned stripes", "both": "global feature and aligned stripes"}
 BARS = 120  # of the histograms in distances.png
 WRITTEN, LARGEST = 20, 16  # cameras.png: cameras up to which the numbers are written; inches of a side
 
@@ -58,6 +60,8 @@ def states(told: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     if told.get("reranked"):
         settings = told["reranked"]["rerank"]
         found.append((f"re-ranked (k1={settings['k1']}, k2={settings['k2']}, λ={settings['lam']})", told["reranked"]))
+    for second in told.get("rescored", ()):
+        found.append((f"first {second['candidates']:,} by {SECOND[second['distance']]}", second))
     return found
 
 

@@ -108,7 +108,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     folder = RunFolder.open(out, config, acc.is_main_process, resume.FREE_KEYS, {"processes": acc.num_processes})
     acc.print(f"{identities.sentence}, start: {stored.get('source', config.ckpt)}")
     facts = {"classes": identities.classes, "cameras": cameras, "ckpt": config.ckpt}
-    embed = features.embedder(method.to(acc.device), Augment(config.augment), acc, data.workers, data.flip)
+    embed = features.Embedder(method.to(acc.device), Augment(config.augment), acc, data.workers, data.flip)
 
     def save(folder: Path, more: dict[str, Any]) -> None:
         models.save(folder, method, config.method, config.augment, {**facts, **more})

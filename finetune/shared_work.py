@@ -29,7 +29,7 @@ def embed_together(
 ) -> np.ndarray:
     """Features of rows of a reader, float32 [N, F], on every process; each embeds its share. All must call it.
 
-    embed: of features.embedder. rows: int64 [N].
+    embed: of features.Embedder. rows: int64 [N].
     """
     mine = rows[share(len(rows), acc.process_index, acc.num_processes)]
     # the width of the features is not known before one is there

@@ -71,7 +71,7 @@ def ranked(
     return hits, precision
 
 
-def _picture(reader: Reader, table: EmbeddingTable, row: int, size: tuple[int, int]) -> Image.Image:
+def picture(reader: Reader, table: EmbeddingTable, row: int, size: tuple[int, int]) -> Image.Image:
     """The image of a row, resized to (width, height)."""
     sample = reader[row]
     if sample.key != table.keys[row]:
@@ -197,10 +197,10 @@ def draw_strips(
             mark = mark if query.pids[row] > 0 else ""  # a search of one's own gallery knows no right answers
             sheet.label(line, f"{label}   query {query.keys[row]}   {mark}")
             captions = ("query", _camera(int(query.camids[row])))
-            sheet.tile(line, 0, _picture(query_reader, query, row, tile), None, captions)
+            sheet.tile(line, 0, picture(query_reader, query, row, tile), None, captions)
             for place, hit in enumerate(hits, start=1):
                 captions = (_distance(hit.score), f"{place}: {_camera(int(gallery.camids[hit.row]))}")
-                sheet.tile(line, place, _picture(gallery_reader, gallery, hit.row, tile), hit.right, captions)
+                sheet.tile(line, place, picture(gallery_reader, gallery, hit.row, tile), hit.right, captions)
             line += 1
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,10 +53,26 @@ def configure(wanted: list[dict[str, Any]], shared: dict[str, Any]) -> Configure
     return found
 
 
-def gather(configured: Configured, drop_labels: bool = False) -> Iterator[Record]:
+PIDS, CAMIDS = 1_000_000, 100  # identities and cameras that a source may have where labels are offset
+
+
+def _offset(record: Record, number: int) -> Record:
+    """With the labels of the n-th of several sources; junk, distractors and unknown ones stay what they are."""
+    pid, camid = record.pid, record.camid
+    if (pid or 0) >= PIDS or (camid or 0) >= CAMIDS:
+        raise UserError(
+            f"{record.origin or record.key}: packing.offset_labels has room for identities below {PIDS:,} and cameras "
+            f"below {CAMIDS}, not for pid {pid}, camid {camid}; pack this source alone"
+        )
+    pid = pid + number * PIDS if pid is not None and pid > 0 else pid
+    return dataclasses.replace(record, pid=pid, camid=None if camid is None else camid + number * CAMIDS)
+
+
+def gather(configured: Configured, drop_labels: bool = False, offset_labels: bool = False) -> Iterator[Record]:
     """The records of all sources; with several ones, the keys of the n-th begin with `s<n>/`.
 
-    Identities of several sources may collide, so a second source with labels is a UserError unless they are dropped.
+    Identities of several sources may collide, so a second source with labels is a UserError unless they are dropped or
+    offset.
     """
     labelled: str | None = None
     for number, (name, config) in enumerate(configured):
@@ -65,11 +81,13 @@ def gather(configured: Configured, drop_labels: bool = False) -> Iterator[Record
             if len(configured) == 1:
                 yield record
                 continue
-            if not told and not drop_labels and (record.pid is not None or record.camid is not None):
+            if offset_labels:
+                record = _offset(record, number)
+            elif not told and not drop_labels and (record.pid is not None or record.camid is not None):
                 if labelled is not None:
                     raise UserError(
-                        f"{labelled} and {name} both have labels, which may collide; pack each alone or set "
-                        "packing.drop_labels=true"
+                        f"{labelled} and {name} both have labels, which may collide; pack each alone, or set "
+                        "packing.offset_labels=true, or packing.drop_labels=true"
                     )
                 labelled, told = name, True
             yield dataclasses.replace(record, key=f"s{number}/{record.key}")
@@ -95,7 +113,7 @@ def build_set(
     """Pack the sources of a recipe (mappings with `name` and that source's keys) into the shard set `out`.
 
     shared: keys that go to every source that has them. Labels of several sources may collide, so more than one source
-    with labels needs `packing.drop_labels`.
+    with labels needs `packing.offset_labels` or `packing.drop_labels`.
     """
     configured = configure(wanted, shared or {})
     here = Path(out).resolve()
@@ -103,4 +121,6 @@ def build_set(
         inside = getattr(config, "path", None)
         if inside is not None and here.is_relative_to(Path(inside).resolve()):
             raise UserError(f"--out {out} lies inside {inside}, which is read as source {name}; choose a place outside")
-    return pack(gather(configured, packing.drop_labels), out, packing, images, described(configured))
+    return pack(
+        gather(configured, packing.drop_labels, packing.offset_labels), out, packing, images, described(configured)
+    )

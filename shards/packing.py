@@ -32,6 +32,8 @@ class PackingConfig(Section):
     workers: int | None = Field(None, ge=0, le=256)  # processes that pack, None = one a core. Does not change the bytes
     splits: list[Literal["train", "query", "gallery", "unlabeled"]] | None = None  # splits to take, None = all
     drop_labels: bool = False  # pack all as split `unlabeled`, without pid, camid and captions
+    # of several sources with labels: identities of the n-th get n million added, its cameras n hundred, n = 0, 1, ...
+    offset_labels: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from shards.build import configure, main
 from shards.images import ImagesConfig
 from shards.packing import PackingConfig
 from shards.reader import ShardReader
+from shards.schema import UNKNOWN
 
 
 def save_crop(path: Path, number: int = 0) -> None:
@@ -69,6 +70,12 @@ def test_several_sources(raw, capsys):
         main([*given, "--out", str(raw / "both")])
     assert main([*given, "--out", str(raw / "both"), "packing.drop_labels=true", "packing.splits=[train]"]) == 0
     assert len(ShardReader([raw / "both"], "unlabeled")) == 4
+    assert main([*given, "--out", str(raw / "union"), "packing.offset_labels=true"]) == 0
+    union = ShardReader([raw / "union"], ["train", "gallery", "unlabeled"])
+    labels = {(int(pid), int(camid)) for pid, camid in zip(union.pids, union.camids, strict=True)}
+    # folder: none; market1501 is the second source, cuhk03_np the third; distractors stay distractors
+    assert labels == {(UNKNOWN, UNKNOWN), (1_000_002, 100), (1_000_007, 101), (0, 101), (1_000_001, 101),
+                      (2_000_002, 200), (2_000_007, 201), (0, 201), (2_000_001, 201)}  # fmt: skip
     capsys.readouterr()
 
 

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from finetune import models
 from finetune.augment import Augment
-from finetune.features import embedder
+from finetune.features import Embedder
 from finetune.metrics import evaluate
 from pretrain import verdict
 from pretrain.agreement import choose_images
@@ -137,7 +137,7 @@ def test_the_score_orders_teachers_as_labels_do(tmp_path):
         accuracy = []
         for teacher in teachers:
             model, augment = models.load_stored(teacher.name)
-            embed = embedder(model, Augment(augment), accelerator, 0)
+            embed = Embedder(model, Augment(augment), accelerator, 0)
             tables = [embed(ShardReader([labelled], split)) for split in ("query", "gallery")]
             accuracy.append(evaluate(*tables).mAP)
         scores = {s: [getattr(t.agreement, s) for t in teachers] for s in ("score", "rank1", "effective_rank")}

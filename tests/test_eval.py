@@ -57,7 +57,7 @@ def direct(ckpt: Path, data: Path, flip: bool = False) -> float:
     model, augment = models.load_stored(str(ckpt))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as small.run
-    embed = features.embedder(model, Augment(augment), Accelerator(cpu=True), 0, flip)
+    embed = features.Embedder(model, Augment(augment), Accelerator(cpu=True), 0, flip)
     found = benchmark.score(str(data), embed, Protocol()).mAP
     torch.set_num_threads(threads)
     return found
