@@ -22,7 +22,7 @@ from recipes.record import write_text
 COLUMNS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 BLUE, ORANGE, GREY = "#4477aa", "#cc6633", "#555555"
 # second stages of a search, see rescoring.py
-SECOND = {"local": "aligned stripes", "both": "global feature and aligned stripes"}
+SECOND = {"local": "aligned stripes", "both": "global feature and aligned stripes", "unaligned": "stripes as they lie"}
 BARS = 120  # of the histograms in distances.png
 WRITTEN, LARGEST = 20, 16  # cameras.png: cameras up to which the numbers are written; inches of a side
 

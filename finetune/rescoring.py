@@ -14,14 +14,15 @@ from torch import Tensor
 
 from recipes.load import Section
 
-Distance = Callable[[Tensor, Tensor], Tensor]  # [q, H, c], [g, H, c] -> [q, g]
-Kind = Literal["local", "both"]
+Distance = Callable[[Tensor, Tensor, bool], Tensor]  # [q, H, c], [g, H, c], whether aligned -> [q, g]
+Kind = Literal["local", "both", "unaligned"]
 
 
 class RescoringConfig(Section):
     """By what the first answers are ordered anew."""
 
-    # "local": the local distance; "both": the Euclidean distance of the global features + weight * the local one
+    # "local": the local distance; "both": the Euclidean distance of the global features + weight * the local one;
+    # "unaligned": the local features stripe by stripe, to see what the alignment is worth
     distances: tuple[Kind, ...] = ()
     candidates: int = Field(100, ge=0)  # first answers of the global feature; 0 = all, which takes long
     weight: float = Field(1.0, ge=0)  # of the local distance in "both"
@@ -53,8 +54,8 @@ class Rescored:
     def _apart(self, row: int, cosines: np.ndarray, chosen: np.ndarray | slice) -> np.ndarray:
         """Distances of a query to chosen gallery images, float32 [K]. cosines: [K]."""
         query = self.local_query[row : row + 1].float()
-        local = self.distance(query, self.local_gallery[chosen].float())[0].numpy()
-        if self.kind == "local":
+        local = self.distance(query, self.local_gallery[chosen].float(), self.kind != "unaligned")[0].numpy()
+        if self.kind != "both":
             return local
         return np.sqrt(np.maximum(2 - 2 * cosines, 0)) + np.float32(self.config.weight) * local
 

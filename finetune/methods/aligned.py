@@ -201,8 +201,8 @@ class AlignedReid(Method):
         rows = stripes(self.backbone(images).patches, tuple(images.shape[2:]), self.config.local_heads)
         return self.heads.local.search(rows)
 
-    def local_distance(self, query: Tensor, gallery: Tensor) -> Tensor:
-        return pairwise(query, gallery, self.config.local_triplet.aligned)
+    def local_distance(self, query: Tensor, gallery: Tensor, aligned: bool = True) -> Tensor:
+        return pairwise(query, gallery, aligned and self.config.local_triplet.aligned)
 
     def exported(self, section: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {name: value for name, value in self.state_dict().items() if not name.startswith("peers.")}

@@ -117,8 +117,9 @@ class Method(nn.Module, abc.ABC):
         """Local features, float32 [B, H, c], of images [B, 3, h, w]; called in eval mode."""
         raise AssertionError("this method has no local features")
 
-    def local_distance(self, query: Tensor, gallery: Tensor) -> Tensor:
-        """The second stage of a search: distances float32 [q, g] of local features [q, H, c] and [g, H, c]."""
+    def local_distance(self, query: Tensor, gallery: Tensor, aligned: bool = True) -> Tensor:
+        """The second stage of a search: distances float32 [q, g] of local features [q, H, c] and [g, H, c]. aligned:
+        False compares each of them with the one at its own place only."""
         raise AssertionError("this method has no local features")
 
     def exported(self, section: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
