@@ -17,7 +17,17 @@ import torch
 from conftest import encoded
 
 # what one labelled set, one without labels, and one pretraining stand for
-LABELLED = ("market1501", "dukemtmc", "cuhk03_np", "own_labelled", "msmt17", "msmt17_v1", "mine_labelled", "demo_reid")
+LABELLED = (
+    "market1501",
+    "dukemtmc",
+    "cuhk03_np",
+    "own_labelled",
+    "msmt17",
+    "msmt17_v1",
+    "mine_labelled",
+    "demo_reid",
+    "market1501-cut",
+)
 UNLABELED = ("luperson", "crops", "mine", "own", "big", "smoke", "another-day", "demo_unlabeled", "cuhk03_train")
 PRETRAINED = ("vits16", "vitb16", "mine", "cfs_target", "own", "crops", "crops-cfs-target", "teacher", "smoke", "X",
               "crops_stock_ratio", "demo1/pretrain", "demo/pretrain", "dino", "mim", "stock")  # fmt: skip
@@ -100,6 +110,15 @@ def commands(folder: Path) -> list[list[str]]:
         small.arguments("pretrain/run.py", runs / "pretrain", Path("data/luperson"), *short),
         [*finetune, "--ckpt", "runs/pretrain/teacher", f"benchmark.shards={Path('data/market1501')}"],
         ["finetune/search.py", "build", "path/to/crops", *model, "runs/gallery", "--device", "cpu"],
+        small.arguments(
+            "finetune/run.py",
+            runs / "market-aligned",
+            data / "market1501",
+            "optim.epochs=1",
+            "method.name=aligned",
+            "method.id_losses={}",
+            ckpt="none",
+        ),
         ["pretrain/pictures.py", "runs/pretrain", "data/market1501", "--out", "runs/seen", "--images", "2"],
         ["finetune/embed.py", "--shards", "data/big", *model, "tables/big", "--workers", "0"],
     ]
