@@ -1,13 +1,16 @@
 """What a search found, for people and for programs: a table, JSON, a picture."""
 
+import io
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +26,7 @@ from shards.schema import UNKNOWN
 Reading = Callable[[], bytes]  # gives the encoded image
 Query = tuple[str, list[Answer]]  # name of the query, what was found, best first
 Named = tuple[str, Reading]  # an image, and how to read it
+WRITTEN, WIDTH = (96, 192), 15  # of a sentence as a picture: pixels, characters of a line
 TILES = 20  # answers in a row of the picture, at most
 
 
@@ -38,6 +42,33 @@ def queries(extractor: Extractor, sources: Sequence[Source], told: Told) -> tupl
     if not good:
         raise UserError("none of the images to search with can be read")
     return [(source.name(row), partial(source.read, row)) for source, row in good], np.concatenate(features)
+
+
+def sentences(extractor: Extractor, texts: Sequence[str], told: Told) -> tuple[list[Named], np.ndarray]:
+    """Sentences to search with, and their features float32 [S, D]; words that the model does not know are named."""
+    features, unknown = extractor.sentences(texts)
+    if unknown:
+        told(extractor.model.vocabulary.unknown_sentence(unknown))
+    return [(text, partial(_written, text)) for text in texts], features
+
+
+def _written(text: str) -> bytes:
+    """A sentence as a picture, for the place of the query in a ranked list."""
+    image = Image.new("RGB", WRITTEN, "white")
+    lines = textwrap.wrap(text, WIDTH)
+    ImageDraw.Draw(image).text((6, 6), "\n".join(lines), fill="black", font=ImageFont.load_default(11), spacing=3)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def recall_told(gallery: Gallery) -> list[str]:
+    """How many of the nearest images an index that looks into parts finds; [] of one that looks at all."""
+    measured = gallery.facts["recall"]
+    if not measured:
+        return []
+    cells = f" with nprobe = {measured['nprobe']}" if measured["nprobe"] else ""
+    return [f"{gallery.facts['factory']}{cells} finds {measured['recall']:.1%} of the {measured['at']} nearest images"]
 
 
 def merged(images: Sequence[Named]) -> list[Named]:

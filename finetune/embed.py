@@ -21,19 +21,13 @@ from finetune import models
 from finetune.augment import Augment, AugmentConfig
 from finetune.features import BATCH, TestViews, embed_spans
 from pretrain import processes
+from recipes.arguments import positive
 from recipes.errors import UserError, plain_errors
 from recipes.progress import Meter
 from shards.embedding_parts import Parts
 from shards.embeddings import Keys
 from shards.reader import ShardReader
 from shards.schema import SPLITS
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
 
 
 def arguments() -> argparse.Namespace:

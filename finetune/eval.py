@@ -21,7 +21,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from finetune import benchmark, curve, features, follow, models, stored_calibration
+from finetune import benchmark, curve, features, follow, models, stored_calibration, text_benchmark
 from finetune.augment import Augment
 from finetune.config import FinetuneConfig
 from finetune.metrics import Retrieval
@@ -137,9 +137,9 @@ def main() -> None:
         return
     out = given.out or Path("runs") / f"eval-{Path(given.ckpt).name}"
     embed = embedder(given.ckpt, config, stored_size(given), accelerator)
-    outcomes = benchmark.run(config.benchmark, config.rerank, embed, out, given.ckpt, {"ckpt": given.ckpt})
-    for outcome in outcomes:
-        print(outcome.sentence)
+    what = config.benchmark, config.rerank, embed, out, given.ckpt, {"ckpt": given.ckpt}
+    outcomes = text_benchmark.run(*what) if text_benchmark.reads_text(embed) else benchmark.run(*what)
+    print(*(outcome.sentence for outcome in outcomes), sep="\n")
     if given.calibrate:
         print(f"stored in {stored_calibration.store(given.ckpt, outcomes[0].calibration())}: the threshold")
 

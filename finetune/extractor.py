@@ -182,6 +182,15 @@ class Extractor:
         found = [features for _, features in self.stream(pictures, cameras)]
         return np.concatenate(found) if found else np.zeros((0, self.dim), np.float32)
 
+    def sentences(self, texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """L2-normalised features, float32 [S, D], of sentences, comparable with those of images; and the words that
+        the model does not know, which are left out. UserError where the model reads no text, and for a sentence
+        without any known word."""
+        if not hasattr(self.model, "embed_sentences"):
+            raise UserError(f"{self.ckpt} was not trained with sentences, so it cannot search by text; fine-tune one "
+                            "with method.name=text_search")  # fmt: skip
+        return self.model.embed_sentences(texts)
+
     def crops(self, frame: Picture, boxes: Any) -> np.ndarray:
         """Features float32 [N, D] of people in a video frame.
 

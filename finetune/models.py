@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import finetune.ibn_resnet  # noqa: F401 - timm then knows its name
-from finetune import backbones
+from finetune import backbones, clip_files, clip_resnet
 from finetune.augment import AugmentConfig
 from finetune.backbones import BackboneConfig, TimmBackbone
 from finetune.foreign import reid as foreign_reid
@@ -59,8 +59,12 @@ def _from_file(ckpt: str, wanted: dict[str, Any], drop_path: float) -> tuple[Tim
     """A network that is no ViT with the weights of a file: of a model fine-tuned elsewhere, or timm's or torchvision's
     own, whose classifier is left out. Strict: a UserError names what does not fit."""
     backbone = TimmBackbone(wanted, drop_path)
-    found = foreign_reid.read(ckpt)
-    if found is not None:
+    clip = isinstance(backbone.model, clip_resnet.ClipResNet)
+    found = None if clip else foreign_reid.read(ckpt)
+    if clip:
+        tensors = backbone.model.from_clip(clip_files.read(Path(ckpt)), f"--ckpt {ckpt}")
+        facts = {"source": f"the image tower of {Path(ckpt).name}", "normalize": clip_resnet.NORMALIZE}
+    elif found is not None:
         prefix, normalize = "backbone.model.", {key: found.config["augment"][key] for key in ("mean", "std")}
         tensors = {key.removeprefix(prefix): t for key, t in found.tensors.items() if key.startswith(prefix)}
         facts = {"source": found.config["source"], "normalize": normalize}

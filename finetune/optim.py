@@ -25,6 +25,9 @@ class OptimConfig(Section):
     layer_decay: float = Field(1.0, gt=0, le=1)
     momentum: float = Field(0.9, ge=0, lt=1)  # SGD, without Nesterov
     weight_decay: float = Field(1e-4, ge=0)  # on everything, biases, norms and positions included
+    bias_weight_decay: float | None = Field(
+        None, ge=0
+    )  # for parameters whose name contains "bias"; null: as the others
     epochs: int = Field(120, ge=1)
     warmup_epochs: float = Field(20.0, ge=0)  # linear from warmup_factor * lr, the same start for biases
     warmup_factor: float = Field(0.01, ge=0, le=1)
@@ -116,7 +119,12 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
         own = [(name, p) for name, p in named if below.get(name, 0) == level]
         for bias in (False, True):
             parameters = [p for name, p in own if ("bias" in name) == bias]
-            factors = {"bias_factor": config.bias_lr_factor if bias else 1.0, "scale": config.layer_decay**level}
+            decay = config.bias_weight_decay if bias and config.bias_weight_decay is not None else config.weight_decay
+            factors = {
+                "weight_decay": decay,
+                "bias_factor": config.bias_lr_factor if bias else 1.0,
+                "scale": config.layer_decay**level,
+            }
             groups.append({"params": parameters, "lr": config.lr, **factors})
     if config.kind == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)

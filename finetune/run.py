@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from finetune import features, models, optim, page, resume, shared_work, unlabelled, views
+from finetune import features, models, optim, page, resume, shared_work, text_benchmark, unlabelled, views
 from finetune.augment import Augment
 from finetune.config import FinetuneConfig
 from finetune.identities import Identities, select_identities
 from finetune.journal import Journal
-from finetune.methods import build
+from finetune.methods import build, reads_captions
 from finetune.methods.base import Features, Method, Parts
 from finetune.page_run import FINETUNE, open_run
 from finetune.sampling import shard_batch
@@ -96,13 +96,14 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     """Build the parts, train, evaluate."""
     data = config.benchmark
     ensure_sets([data.shards, *data.tests], data.draw, acc.is_main_process, acc.wait_for_everyone)
-    reader = ShardReader([data.shards], unlabelled.training_splits(config.identities, config.validation))
+    reader = unlabelled.open_split(data.shards, config.identities, config.validation, reads_captions(config.method))
     split = hold_out(config.validation, reader.pids, reader.camids, data.protocol)
     identities = select_identities(config.identities, split.training_pids(reader.pids), reader.camids)
     cameras = max(0, int(identities.cameras.max()) + 1)  # 0: nobody knows
     backbone, stored = models.start_backbone(config.ckpt, config.backbone, config.augment.size, config.seed)
     torch.manual_seed(config.seed)  # fresh weights are the same on all processes
-    method = build(config.method, Parts(backbone, identities.classes, cameras, config.sampling, config.seed))
+    captions = partial(text_benchmark.read_captions, reader, identities.rows)
+    method = build(config.method, Parts(backbone, identities.classes, cameras, config.sampling, config.seed, captions))
     length, size = method.shape(identities)
     shard_batch(range(size), acc.process_index, acc.num_processes, config.sampling.images_per_identity)  # or refuse
     folder = RunFolder.open(out, config, acc.is_main_process, resume.FREE_KEYS, {"processes": acc.num_processes})
@@ -118,7 +119,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     keeper = resume.Keeper(out, config.resume, epochs, method, plain, recipe, method.apart())
     done = keeper.restore(acc)
     folder.rewind(done.step - 1)
-    validation = Validation(config.validation, reader, split, out, data.protocol)
+    validation = Validation(config.validation, reader, split, out, data.protocol, text_benchmark.scorer(method))
     if acc.is_main_process:
         (out / "results.json").unlink(missing_ok=True)  # of an earlier launch
         validation.rewind(done.epoch)
@@ -131,7 +132,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     if acc.is_main_process:
         best = validation.restore(method)
         save(out / "model", best | validation.calibration(embed))
-        unlabelled.measure(config.identities, data, config.rerank, embed, out, facts | best)
+        text_benchmark.measure(config.identities, data, config.rerank, embed, out, facts | best)
         folder.close()
         page.write([open_run(out)], {FINETUNE: FinetuneConfig}, out / page.NAME)
     acc.wait_for_everyone()

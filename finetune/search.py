@@ -4,6 +4,7 @@
     python finetune/search.py query runs/gallery person.jpg                    the ten nearest images
     python finetune/search.py query runs/gallery a.jpg b.jpg --one-person      several images of one person
     python finetune/search.py query runs/gallery folder --json out.json --strips out.png
+    python finetune/search.py query runs/gallery --text "a woman in a red coat with a white bag"
     python finetune/search.py add runs/gallery path/to/more                    images that are not in it yet
     python finetune/search.py remove runs/gallery 'path/to/crops/old/*'        by path, key in a set, or pattern
     python finetune/search.py info runs/gallery
@@ -24,15 +25,9 @@ from finetune import answers
 from finetune.extractor import Extractor, pooled
 from finetune.gallery import Gallery
 from finetune.gallery_sources import open_source
+from recipes.arguments import positive
 from recipes.errors import plain_errors
 from shards.schema import SPLITS
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
 
 
 def arguments() -> argparse.Namespace:
@@ -55,6 +50,7 @@ def arguments() -> argparse.Namespace:
     build.add_argument("--flip", action="store_true", help="mean with the mirrored image, also of later queries")
     verbs.add_parser("add", parents=[place, images, model], help="images that are not in it yet")
     query = verbs.add_parser("query", parents=[place, images, model], help="the nearest images")
+    query.add_argument("--text", action="store_true", help="what is given are sentences, for a model that reads them")
     query.add_argument("--top", type=positive, default=10, help="answers a query; default: 10")
     query.add_argument("--nprobe", type=positive, help="cells of an IVF that are searched; more finds more")
     query.add_argument("--one-person", action="store_true", help="all images are one query: their mean")
@@ -89,13 +85,7 @@ def build(given: argparse.Namespace) -> None:
     """A new gallery."""
     sources = [open_source(path, given.splits) for path in given.paths]
     gallery = Gallery.build(given.out, extractor(given), sources, given.factory, tell)
-    measured = gallery.facts["recall"]
-    if measured:
-        cells = f" with nprobe = {measured['nprobe']}" if measured["nprobe"] else ""
-        print(
-            f"{gallery.facts['factory']}{cells} finds {measured['recall']:.1%} of the {measured['at']} nearest images"
-        )
-    print(f"{len(gallery):,} images: {given.out}")
+    print(*answers.recall_told(gallery), f"{len(gallery):,} images: {given.out}", sep="\n")
 
 
 def add(given: argparse.Namespace) -> None:
@@ -118,7 +108,10 @@ def query(given: argparse.Namespace) -> None:
     """The nearest images."""
     gallery = Gallery.load(given.gallery)
     model = extractor(given, gallery)
-    queries, features = answers.queries(model, [open_source(path, given.splits) for path in given.paths], tell)
+    if given.text:
+        queries, features = answers.sentences(model, given.paths, tell)
+    else:
+        queries, features = answers.queries(model, [open_source(path, given.splits) for path in given.paths], tell)
     if given.one_person:
         queries, features = answers.merged(queries), pooled(features, np.zeros(1, int))
     found = [(name, some) for (name, _), some in

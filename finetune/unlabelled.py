@@ -26,6 +26,13 @@ def training_splits(identities: IdentitiesConfig, validation: ValidationConfig) 
     return ("train", "unlabeled")
 
 
+def open_split(
+    shards: str, identities: IdentitiesConfig, validation: ValidationConfig, captions: bool = False
+) -> ShardReader:
+    """The training images of a set, where asked with their captions."""
+    return ShardReader([shards], training_splits(identities, validation), captions=captions)
+
+
 def searchable(sets: Sequence[Path | str]) -> bool:
     """Whether every set has queries and a gallery, some of each with an identity."""
     try:

@@ -144,10 +144,12 @@ class Validation:
         split: Split,
         out: Path,
         protocol: Protocol | None = None,
+        score: Callable[..., Retrieval] = retrieve,
     ):
-        """reader: of the training split; split: what hold_out made of it; out: the run folder."""
+        """reader: of the training split; split: what hold_out made of it; out: the run folder. score: how an epoch is
+        scored, with the arguments of `retrieve`."""
         self.config, self.reader, self.split, self.out = config, reader, split, Path(out)
-        self.protocol = protocol or Protocol()
+        self.protocol, self.score = protocol or Protocol(), score
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether to score when `epoch` (1..epochs) epochs of `epochs` are done."""
@@ -204,7 +206,7 @@ class Validation:
         """
         if not self.due(epoch, epochs):
             return None
-        numbers = retrieve(self.reader, self.split, embed, self.protocol).numbers()
+        numbers = self.score(self.reader, self.split, embed, self.protocol).numbers()
         row, best = {"epoch": epoch, **numbers}, self.best()
         if best is None or row["mAP"] > best["mAP"]:
             save(self.out / BEST, {FOUND: row})

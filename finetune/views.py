@@ -13,24 +13,26 @@ from shards.images import decode
 from shards.reader import ShardReader
 from shards.seeds import generator
 
-Place = tuple[int, int, int, int, int]  # epoch, batch, slot in the global batch, position in identities.rows, class
+# epoch, batch, slot in the global batch, position in identities.rows, class; word numbers int64 [L] or None
+Place = tuple[int, int, int, int, int, np.ndarray | None]
+Item = tuple[np.ndarray, int, np.ndarray, int, np.ndarray | None]
 
 
 class TrainViews(Dataset):
-    """Place -> (image, label, drop-path draws, camera)."""
+    """Place -> (image, label, drop-path draws, camera, words)."""
 
     def __init__(self, reader: ShardReader, identities: Identities, augment: Augment, seed: int, draws: int):
         self.reader, self.identities, self.augment = reader, identities, augment
         self.seed, self.draws = seed, draws
 
-    def __getitem__(self, place: Place) -> tuple[np.ndarray, int, np.ndarray, int]:
-        epoch, batch, slot, position, label = place
+    def __getitem__(self, place: Place) -> Item:
+        epoch, batch, slot, position, label, words = place
         # the slot, not the image: an image may stand in a batch more than once
         rng = generator(self.seed, "finetune/views", epoch, batch, slot)
         row = int(self.identities.rows[position])
         view = self.augment.train_view(decode(self.reader[row].image), rng)
         draws = rng.random(self.draws, dtype=np.float32)
-        return view, label, draws, int(self.reader.camids[row])
+        return view, label, draws, int(self.reader.camids[row]), words
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:
@@ -55,16 +57,19 @@ def places(epoch: int, plan: Plan, per_identity: int, rank: int, ranks: int) -> 
     """The places of process `rank`: of each global batch P / ranks identities."""
     size = plan.batches.shape[1] // ranks
     assert size % per_identity == 0, "checked by sampling.shard_batch"
-    slots = range(rank * size, (rank + 1) * size)
-    return [
-        [(epoch, number, slot, int(batch[slot]), int(plan.labels[batch[slot]])) for slot in slots]
-        for number, batch in enumerate(plan.batches)
-    ]
+    slots, words = range(rank * size, (rank + 1) * size), plan.words
+
+    def place(number: int, slot: int) -> Place:
+        position = int(plan.batches[number, slot])
+        return epoch, number, slot, position, int(plan.labels[position]), None if words is None else words[number, slot]
+
+    return [[place(number, slot) for slot in slots] for number in range(len(plan.batches))]
 
 
-def collate(items: list[tuple[np.ndarray, int, np.ndarray, int]]) -> ImageBatch:
+def collate(items: list[Item]) -> ImageBatch:
     """Stack the images of one process."""
-    return ImageBatch(*(torch.from_numpy(np.stack(part)) for part in zip(*items, strict=True)))
+    parts = zip(*items, strict=True)
+    return ImageBatch(*(None if part[0] is None else torch.from_numpy(np.stack(part)) for part in parts))
 
 
 def build_loader(views: TrainViews, sampler: Places, workers: int) -> DataLoader:

@@ -17,17 +17,8 @@ import torch
 from conftest import encoded
 
 # what one labelled set, one without labels, and one pretraining stand for
-LABELLED = (
-    "market1501",
-    "dukemtmc",
-    "cuhk03_np",
-    "own_labelled",
-    "msmt17",
-    "msmt17_v1",
-    "mine_labelled",
-    "demo_reid",
-    "market1501-cut",
-)
+LABELLED = ("market1501", "dukemtmc", "cuhk03_np", "own_labelled", "msmt17", "msmt17_v1", "mine_labelled", "demo_reid",
+            "market1501-cut", "demo-cut-0.7", "cuhk03_np-cut", "cuhk_pedes", "figures_captions")  # fmt: skip
 UNLABELED = ("luperson", "crops", "mine", "own", "big", "smoke", "another-day", "demo_unlabeled", "cuhk03_train")
 PRETRAINED = ("vits16", "vitb16", "mine", "cfs_target", "own", "crops", "crops-cfs-target", "teacher", "smoke", "X",
               "crops_stock_ratio", "demo1/pretrain", "demo/pretrain", "dino", "mim", "stock")  # fmt: skip
@@ -119,6 +110,25 @@ def commands(folder: Path) -> list[list[str]]:
             "method.id_losses={}",
             ckpt="none",
         ),
+        small.arguments(
+            "finetune/run.py",
+            runs / "pedes",
+            data / "cuhk_pedes",
+            "optim.epochs=1",
+            "method={name: text_search}",
+            ckpt="none",
+        ),
+        [
+            "finetune/search.py",
+            "build",
+            "path/to/crops",
+            "--ckpt",
+            "runs/pedes",
+            "--out",
+            "runs/pedes-gallery",
+            "--device",
+            "cpu",
+        ],
         ["pretrain/pictures.py", "runs/pretrain", "data/market1501", "--out", "runs/seen", "--images", "2"],
         ["finetune/embed.py", "--shards", "data/big", *model, "tables/big", "--workers", "0"],
     ]
@@ -147,6 +157,7 @@ def make(folder: Path, forks: forked.Server) -> None:
     labelled, unlabeled = small.drawn(sets, small.LABELLED), small.drawn(sets, small.UNLABELED)
     _linked(folder / "data", LABELLED, labelled)
     _linked(folder / "data", UNLABELED, unlabeled)
+    _linked(folder / "runs/demo/data", ("reid",), labelled)
     _linked(folder / "shared", ("data", "runs"), folder / "data")
     _files(folder)
     for words in commands(folder):
@@ -157,6 +168,7 @@ def make(folder: Path, forks: forked.Server) -> None:
     _linked(folder / "tables", ("own",), folder / "tables/source")
     _linked(folder / "runs", PRETRAINED, folder / "runs/pretrain")
     _linked(folder / "runs", TUNED, folder / "runs/market")
+    _linked(folder / "runs", ("demo/aligned", "cuhk03-aligned"), folder / "runs/market-aligned")
 
 
 def state(folder: Path) -> dict[str, tuple]:

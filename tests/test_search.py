@@ -208,3 +208,58 @@ def test_wrong_use_is_told(base, model, tmp_path, capsys):
     assert search("query", tmp_path / "g", image) == 2
     assert "is no checkpoint" in capsys.readouterr().err
     assert search("query", tmp_path / "g", image, "--ckpt", tmp_path / "moved") == 0
+
+
+@pytest.fixture(scope="module")
+def reader_of_text(tmp_path_factory) -> Path:
+    """A model that knows a few words, and a gallery with it."""
+    folder = tmp_path_factory.mktemp("text")
+    torch.manual_seed(0)
+    config = BackboneConfig(name="vit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=2, num_heads=2, drop_path=0)
+    backbone = backbones.build(backbones.arguments_of(config, (48, 16)))
+    section = {"name": "text_search", "dim": 16, "word_table": {"dim": 8}, "text_encoder": {"hidden": 6}}
+    method = build(section, Parts(backbone, 5, 0, SamplingConfig(), 0, lambda: [("a woman in a red coat",)] * 5))
+    models.save(
+        folder / "model", method, section, AugmentConfig(height=48, width=16, pad=4), {"classes": 5, "cameras": 0}
+    )
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (6, 2, 3), dtype=np.uint8)
+        path = folder / "crops" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).resize((20, 60)).save(path)
+    assert search("build", folder / "crops", "--ckpt", folder, "--out", folder / "gallery", "--device", "cpu") == 0
+    return folder
+
+
+def test_a_sentence_finds_the_images_nearest_to_it(reader_of_text, tmp_path, capsys):
+    gallery = reader_of_text / "gallery"
+    capsys.readouterr()
+    given = ["--text", "a woman in a RED coat", "coat with a hat", "--top", "6", "--device", "cpu"]
+    assert search("query", gallery, *given, "--json", "-", "--strips", tmp_path / "out.png") == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert "unknown to this model and left out: 'with'" in said.err
+    assert "'hat'" in said.err
+    assert [query["query"] for query in told["queries"]] == ["a woman in a RED coat", "coat with a hat"]
+    model = Extractor(reader_of_text, "cpu")
+    images = [reader_of_text / "crops" / f"{number}.png" for number in range(6)]
+    features, unknown = model.sentences(["a woman in a red coat"])
+    assert unknown == ()
+    cosines = (model(images) @ features.T)[:, 0]
+    order = [str(images[place]) for place in np.argsort(-cosines)]
+    assert [answer["image"] for answer in told["queries"][0]["answers"]] == order
+    assert [answer["score"] for answer in told["queries"][0]["answers"]] == pytest.approx(
+        sorted(cosines)[::-1], abs=1e-5
+    )
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size[0] > 6 * 64
+
+
+def test_a_sentence_without_a_known_word_is_told(reader_of_text, capsys):
+    assert search("query", reader_of_text / "gallery", "--text", "xyzzy", "--device", "cpu") == 2
+    assert "'xyzzy' has no word that this model knows" in capsys.readouterr().err
+
+
+def test_a_model_that_reads_no_text_says_so(base, capsys):
+    assert search("query", base / "gallery", "--text", "a coat", "--device", "cpu") == 2
+    assert "was not trained with sentences" in capsys.readouterr().err

@@ -26,11 +26,12 @@ class ImageBatch:
     labels: Tensor  # int64 [B], classes 0..C-1
     drops: Tensor  # float32 [B, S] uniform draws, S = Method.draws; they stay on the host
     cameras: Tensor  # int64 [B], UNKNOWN where nobody knows
+    words: Tensor | None = None  # int64 [B, L] word numbers of a sentence about each image, see Plan.words
 
     def to(self, device: torch.device) -> "ImageBatch":
         """Everything but the draws, which the host reads."""
         images, labels, cameras = (part.to(device) for part in (self.images, self.labels, self.cameras))
-        return ImageBatch(images, labels, self.drops, cameras)
+        return ImageBatch(images, labels, self.drops, cameras, None if self.words is None else self.words.to(device))
 
 
 class Plan(NamedTuple):
@@ -40,6 +41,7 @@ class Plan(NamedTuple):
     labels: np.ndarray  # int64 [N], the class of each row; a method without labels makes its own
     told: Mapping[str, Any] = MappingProxyType({})  # numbers about the epoch for a line of metrics.jsonl, if any
     notes: tuple[str, ...] = ()  # sentences for the terminal
+    words: np.ndarray | None = None  # int64 [batches, B, L] word numbers beside the images; None: the method reads none
 
     def tell(self, folder: RunFolder, step: int, epoch: int) -> None:
         """Print the notes and write the numbers, in the main process, before step `step` of the run."""
@@ -61,6 +63,8 @@ class Parts(NamedTuple):
     cameras: int  # of the training images, 0..cameras-1; 0: not known
     sampling: SamplingConfig
     seed: int
+    # the captions of each training image, read when it is called; where the method's file has READS_CAPTIONS = True
+    captions: Callable[[], list[tuple[str, ...]]] | None = None
 
 
 class Method(nn.Module, abc.ABC):
