@@ -73,5 +73,5 @@ def draw(
     os.replace(temporary, out)
     return (
         f"Which stripe is compared with which: {len(pairs)} queries from the best to the worst, each beside its first "
-        f"answer by the aligned distance, {right} of them right. Dark lines join stripes that look alike."
+        f"answer, {right} of them right. Dark lines join stripes that look alike."
     )

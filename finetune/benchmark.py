@@ -190,21 +190,24 @@ def _rescore(
     if not isinstance(embed, Embedder):
         raise UserError("benchmark.rescoring needs a model with local features; leave its distances empty")
     local = embed.local(tables.readers["query"]), embed.local(tables.readers["gallery"])
-    query, gallery, told, search = tables.query, tables.gallery, [], None
+    query, gallery, told, aligned = tables.query, tables.gallery, [], None
     for kind in second.distances:
         search = Rescored((query.features, gallery.features), local, embed.model.local_distance, kind, second)
         with Meter(len(query), f"search by {kind} distance", "queries") as meter:
             found = evaluate(query, gallery, config.protocol, scores=search.scores, meter=meter)
         how = {"distance": kind, "candidates": search.count, "weight": second.weight}
         told.append({**_numbers(found, config.bootstrap), **how})
-    if not config.strips:
+        if aligned is None and kind != "unaligned":  # the lines of the picture are those of an alignment
+            aligned = kind, search, found
+    if not config.strips or aligned is None:
         return told, {}
+    kind, search, found = aligned
     rows = spread(found, config.strips)
     pairs = [(row, int(alignment_picture.first(search.order(row), query, gallery, row, config.protocol)))
              for row in rows]  # fmt: skip
     readers = tables.readers["query"], tables.readers["gallery"]
     shown = alignment_picture.draw(folder / alignment_picture.NAME, readers, (query, gallery), local, pairs)
-    return told, {alignment_picture.NAME: shown}
+    return told, {alignment_picture.NAME: f"{shown} Searched by {reporting.SECOND[kind]}."}
 
 
 def _report(

@@ -6,7 +6,8 @@ import small
 import torch
 from PIL import Image
 
-from finetune.aligned_distance import all_elements, pairwise, shortest
+from finetune import alignment_picture
+from finetune.aligned_distance import all_elements, diagonal, pairwise, shortest
 from finetune.rescoring import Rescored, RescoringConfig
 
 Q, G, H, C = 5, 23, 4, 6
@@ -28,20 +29,23 @@ def search(kind: str, candidates: int, weight: float = 0.5, seed: int = 0) -> Re
 def expected(kind: str, weight: float = 0.5, seed: int = 0) -> np.ndarray:
     """All distances [Q, G], pair by pair."""
     (query, gallery), locals_ = drawn(seed)
-    local = shortest(all_elements(*(torch.from_numpy(part).float() for part in locals_))).numpy()
+    pairs = all_elements(*(torch.from_numpy(part).float() for part in locals_))
+    if kind == "unaligned":
+        return diagonal(pairs).numpy()
+    local = shortest(pairs).numpy()
     if kind == "local":
         return local
     return np.linalg.norm(query[:, None] - gallery[None], axis=-1) + weight * local
 
 
-@pytest.mark.parametrize("kind", ["local", "both"])
+@pytest.mark.parametrize("kind", ["local", "both", "unaligned"])
 @pytest.mark.parametrize("candidates", [0, G, 10 * G])
 def test_with_all_candidates_it_is_the_whole_distance(kind, candidates):
     scores = search(kind, candidates).scores(slice(0, Q))
     np.testing.assert_allclose(-scores, expected(kind), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["local", "both"])
+@pytest.mark.parametrize("kind", ["local", "both", "unaligned"])
 @pytest.mark.parametrize("candidates", [1, 2, 7, G - 1])
 def test_candidates_come_first_by_the_distance_and_the_others_as_before(kind, candidates):
     (query, gallery), _ = drawn(3)
@@ -114,3 +118,16 @@ def test_a_model_without_local_features_is_refused(trained, tmp_path, capsys, ck
                            ckpt=ckpt)  # fmt: skip
     assert small.run(line) == 2
     assert "benchmark.rescoring needs a model with local features" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kinds", "expected"), [("local,unaligned", "local"), ("unaligned,both", "both"),
+                                                 ("unaligned", None)])  # fmt: skip
+def test_the_picture_is_of_an_aligned_search(tmp_path_factory, tmp_path, monkeypatch, kinds, expected):
+    people = small.drawn(tmp_path_factory.getbasetemp(), small.LABELLED)
+    asked, order = [], Rescored.order
+    monkeypatch.setattr(Rescored, "order", lambda self, row: asked.append(self.kind) or order(self, row))
+    line = small.arguments("finetune/run.py", tmp_path / "run", people, "method.name=aligned", "method.id_losses={}",
+                           f"benchmark.rescoring.distances=[{kinds}]", ckpt="none")  # fmt: skip
+    assert small.run(line) == 0
+    assert set(asked) == ({expected} if expected else set())
+    assert (tmp_path / "run" / alignment_picture.NAME).exists() == bool(expected)

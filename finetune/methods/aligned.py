@@ -202,7 +202,7 @@ class AlignedReid(Method):
         return self.heads.local.search(rows)
 
     def local_distance(self, query: Tensor, gallery: Tensor, aligned: bool = True) -> Tensor:
-        return pairwise(query, gallery, aligned and self.config.local_triplet.aligned)
+        return pairwise(query, gallery, aligned)
 
     def exported(self, section: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {name: value for name, value in self.state_dict().items() if not name.startswith("peers.")}
