@@ -100,8 +100,12 @@ CASES = {
     "a config that is none": (FINETUNE, "--ckpt {}/listed", "config.json is damaged (it holds no JSON object)"),
     "another width": (FINETUNE, "--ckpt {}/wide", "embed_dim is 64, the recipe asks for 32"),
     "another width to evaluate": (EVAL, "--ckpt {}/wide", "embed_dim is 64, the recipe asks for 32"),
-    "no method named": (FINETUNE, "--ckpt none method={{}}", "method.name is missing; there are: bot"),
-    "no such method": (FINETUNE, "--ckpt none method.name=bott", "method.name = 'bott' is unknown; there are: bot"),
+    "no method named": (FINETUNE, "--ckpt none method={{}}", "method.name is missing; there are: aligned, bot,"),
+    "no such method": (
+        FINETUNE,
+        "--ckpt none method.name=bott",
+        "method.name = 'bott' is unknown; there are: aligned, bot,",
+    ),
     "one image": (
         FINETUNE,
         "--ckpt none benchmark.shards={}/single",
