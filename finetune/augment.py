@@ -1,8 +1,9 @@
 """Images to network input for fine-tuning: the weak augmentation of person re-identification, and the plain test view.
 
 Train: resize bicubic -> flip -> pad with black, random crop -> normalise -> random erasing with noise (Zhong et al.
-2017, arXiv 1708.04896, in timm's form: one rectangle, unit normal noise for each value). No colour change: clothing
-colour is the cue. Test: resize *bilinear* -> normalise. The two kernels differ as in the published code.
+2017, arXiv 1708.04896, in timm's form: one rectangle, unit normal noise for each value) -> a random patch, if asked
+for. No colour change: clothing colour is the cue. Test: resize *bilinear* -> normalise. The two kernels differ as in
+the published code.
 """
 
 import math
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
+from finetune.random_patch import Donor, RandomPatch, RandomPatchConfig
 from recipes.load import Section
 
 ERASE_TRIES = 10  # rectangles drawn until one fits; timm's number
@@ -28,6 +30,8 @@ class AugmentConfig(Section):
     erase: float = Field(0.5, ge=0, le=1)  # probability
     erase_area: tuple[float, float] = (0.02, 1 / 3)  # of the image, in 0..1
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)  # height / width of the rectangle, > 0, log-uniform
+    erase_with: Literal["noise", "mean"] = "noise"  # "mean": the grey that is 0 after normalisation, as fast-reid does
+    random_patch: RandomPatchConfig | None = None  # {} switches it on, after the erasing; see random_patch.py
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of R, G, B in 0..1
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # > 0
 
@@ -82,7 +86,8 @@ class Augment:
     def __init__(self, config: AugmentConfig):
         self.height, self.width = config.height, config.width
         self.flip, self.pad, self.erase = config.flip, config.pad, config.erase
-        self.area, self.aspect = config.erase_area, config.erase_aspect
+        self.area, self.aspect, self.noise = config.erase_area, config.erase_aspect, config.erase_with == "noise"
+        self.patch = RandomPatch(config.random_patch, config.size) if config.random_patch else None
         self.test_kernel = Image.Resampling[config.test_kernel.upper()]
         mean, std = np.float32(config.mean), np.float32(config.std)
         self.scale, self.offset = (1 / (255 * std))[:, None, None], (mean / std)[:, None, None]
@@ -94,8 +99,11 @@ class Augment:
     def _normalised(self, pixels: np.ndarray) -> np.ndarray:
         return pixels.transpose(2, 0, 1) * self.scale - self.offset  # float32 [3, H, W]
 
-    def train_view(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """One random view of an image of any size, float32 [3, H, W]; the same rng state gives the same view."""
+    def train_view(self, image: Image.Image, rng: np.random.Generator, donor: Donor | None = None) -> np.ndarray:
+        """One random view of an image of any size, float32 [3, H, W]; the same rng state gives the same view.
+
+        donor: gives other training images, where a random patch is asked for.
+        """
         pixels = self._resized(image, Image.Resampling.BICUBIC)
         if rng.random() < self.flip:
             pixels = pixels[:, ::-1]
@@ -107,7 +115,13 @@ class Augment:
             rectangle = erase_rectangle(self.height, self.width, self.area, self.aspect, rng)
             if rectangle:
                 hole = view[:, *rectangle]
-                hole[...] = rng.standard_normal(hole.shape, dtype=np.float32)
+                hole[...] = rng.standard_normal(hole.shape, dtype=np.float32) if self.noise else 0
+        if self.patch is not None:
+            assert donor is not None
+            covered = self.patch.draw(donor, rng)
+            if covered:
+                rows, columns, pixels = covered
+                view[:, rows, columns] = self._normalised(pixels)
         return view
 
     def test_view(self, image: Image.Image) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from finetune import alignment_picture, confidence, reporting, verification
+from finetune import alignment_picture, attention_overlay, confidence, reporting, verification
 from finetune.breakdown import QUERY_COLUMNS, by_cameras, matching, nearest, query_rows, spread
 from finetune.features import Embedder
 from finetune.metrics import JUNK, Protocol, Retrieval, evaluate
@@ -33,7 +33,7 @@ BINS = 1 << 16  # of the cosine; distances.png shows fewer, cut to where the pai
 # of several sets, in the results.json of all
 SHORT = ("mAP", "rank1", "rank5", "rank10", "mINP", "valid", "skipped", "data", "shards", "version", "protocol")
 FILES = (RESULTS, TABLE, "queries.csv", "nearest.json", "strips.png", "distances.png", "cameras.csv", "cameras.png",
-         alignment_picture.NAME)  # fmt: skip
+         alignment_picture.NAME, attention_overlay.NAME, attention_overlay.NUMBERS)  # fmt: skip
 
 
 class BenchmarkConfig(Section):
@@ -235,6 +235,10 @@ def _report(
         rows = ([pair[column] for column in columns] for pair in told["cameras"])
         reporting.write_csv(folder / "cameras.csv", columns, rows)
     write_json(folder / "nearest.json", nearest(query, gallery, config.nearest))
+    if config.strips and isinstance(embed, Embedder):
+        rows = np.sort(spread(plain, config.strips))
+        seen = attention_overlay.draw(folder, embed, tables.readers["query"], rows)
+        shown |= {} if seen is None else {attention_overlay.NAME: seen}
     shown |= _pictures(folder, config, tables, told, plain, pairs)
     write_text(folder / TABLE, reporting.table(told["title"], [told], shown))
     write_json(folder / RESULTS, told)

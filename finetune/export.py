@@ -10,6 +10,8 @@
 mean and std, as BoxMOT and most trackers do), pixels (RGB in 0..255). The file takes any number of images [N, 3, H, W]
 and is written only if its features agree with torch's (cosine >= 0.9999 on random and on drawn images).
 
+--streams keeps some of the features of a model that has several (MDPR): a shorter vector to store and to search.
+
 --size, --feature, --pooling, --last-stride, --semantic-weight and --normalize say what the file of another project
 does not tell, where its model was not trained as published: docs/checkpoints.md. A teacher goes to the Hub by
 pretrain/convert.py.
@@ -24,6 +26,7 @@ import torch
 from finetune import hub_folder, models, onnx_export
 from finetune.foreign import reid as foreign_reid
 from finetune.foreign.draft import Choices
+from finetune.methods.base import Method
 from finetune.necks import NecksConfig
 from finetune.plain_forward import Input
 from pretrain import hub
@@ -54,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--to", choices=("onnx", "hub", "ours"), default="ours", help="default: ours")
     parser.add_argument("--out", type=Path, help="the file (onnx) or a new folder; without it nothing is written")
     parser.add_argument("--input", choices=get_args(Input), default="own", help="of an ONNX file; default: own")
+    parser.add_argument("--streams", help="of a model with several features, such as fusion,global: those to keep")
     told = parser.add_argument_group("what a file of another project does not tell")
     told.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of its images in pixels")
     told.add_argument("--feature", choices=("before", "after"), help="the side of the neck that is searched with")
@@ -96,10 +100,18 @@ def main() -> None:
     if found is not None:
         print(found.report)
     model, augment, stored = models.load_known(given.ckpt, choices)
+    if given.streams:
+        chosen = [stream.strip() for stream in given.streams.split(",")]
+        if not isinstance(model, Method):
+            raise UserError(f"--streams is for models fine-tuned here; {given.ckpt} is none")
+        model.search_by(chosen)
+        stored = {**stored, "method": {**stored["method"], "streams": chosen}}
+        stored.pop("calibration", None)  # of another feature
     model.eval()
     with torch.no_grad():
         dim = model.embed(torch.zeros(1, 3, *augment.size)).shape[1]
-    print(f"  model      {stored['timm']['model_name']}: {augment.height} x {augment.width} pixels -> {dim} numbers")
+    told = f"{dim} numbers{model.told_streams if isinstance(model, Method) else ''}"
+    print(f"  model      {stored['timm']['model_name']}: {augment.height} x {augment.width} pixels -> {told}")
     if given.to != "onnx" and stored.get("kind") != "reid":
         raise UserError(f"{given.ckpt} was not fine-tuned; --to {given.to} of a teacher: pretrain/convert.py --help")
     if not given.out:

@@ -58,5 +58,5 @@ class JigsawPatches(nn.Module):
         for place in range(self.config.slices):
             part = torch.cat([cls, patches[:, place * length : (place + 1) * length]], dim=1)
             own = None if drops is None else drops[:, 2 * place : 2 * place + 2]
-            found.append(backbone.last(part, own, self.block, self.norm)[:, 0])
+            found.append(self.norm(backbone.through(part, [self.block], own, backbone.drops[-2:]))[:, 0])
         return found

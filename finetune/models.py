@@ -8,8 +8,7 @@ import timm
 import torch
 from torch import nn
 
-import finetune.ibn_resnet  # noqa: F401 - timm then knows its name
-from finetune import backbones, clip_files, clip_resnet
+from finetune import backbones, clip_files, clip_resnet, ibn_resnet
 from finetune.augment import AugmentConfig
 from finetune.backbones import BackboneConfig, TimmBackbone
 from finetune.foreign import reid as foreign_reid
@@ -27,6 +26,7 @@ from pretrain.model_config import empty_model, model_arguments
 from recipes.errors import UserError
 from recipes.load import validate
 
+MOCO = "encoder_q."  # of the trained encoder in a checkpoint of MoCo, such as LUPerson's ResNets
 SCRATCH = "none"  # `--ckpt none`: random weights
 SIZE = (256, 128)  # height, width of the images of a model of timm that is no ViT, which takes any
 
@@ -71,9 +71,16 @@ def _from_file(ckpt: str, wanted: dict[str, Any], drop_path: float) -> tuple[Tim
     else:
         state = untrusted.tensors_of(unwrap(untrusted.read(Path(ckpt)), ckpt).state, ckpt)
         classifier = f"{backbone.model.default_cfg.get('classifier', 'fc')}."
-        keys = {key: source for key, source in bare_keys(state).items() if not key.startswith(classifier)}
+        keys = bare_keys(state)
+        if any(key.startswith(MOCO) for key in keys):  # beside it: the momentum encoder and the queue
+            keys = {key.removeprefix(MOCO): source for key, source in keys.items() if key.startswith(MOCO)}
+        keys = {key: source for key, source in keys.items() if not key.startswith(classifier)}
         tensors = {key: state[source] for key, source in keys.items()}
-        facts = {"source": f"{len(tensors)} tensors of {Path(ckpt).name} without its classifier"}
+        told = f"{len(tensors)} tensors of {Path(ckpt).name} without its classifier"
+        tensors, split = ibn_resnet.from_plain(backbone.model, tensors)
+        if split:
+            told += f", a ResNet without IBN: {split} norms were split into instance and batch normalisation"
+        facts = {"source": told}
     told = misfits(backbone.model.state_dict(), tensors)
     if told:
         raise UserError(f"--ckpt {ckpt} does not fit backbone.name = {wanted['model_name']!r}: {told}")

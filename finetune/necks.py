@@ -30,7 +30,24 @@ def generalised_mean(patches: Tensor, power: Tensor | float) -> Tensor:
 
     patches: float32 [B, N, D], meant to be >= 0; what is below 1e-6 counts as 1e-6. Returns [B, D].
     """
-    return patches.clamp(min=1e-6).pow(power).mean(dim=1).pow(1 / power)
+    patches = patches.clamp(min=1e-6)
+    # relative to the largest, so that a learned p cannot make it underflow; the mean scales with its input, so value
+    # and gradient are those of the formula
+    largest = patches.detach().amax(dim=1, keepdim=True)
+    return (patches / largest).pow(power).mean(dim=1).pow(1 / power) * largest[:, 0]
+
+
+class GeM(nn.Module):
+    """Generalised mean over the places of a map >= 0, with a learned p."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(GEM_POWER))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, D, h, w] -> float32 [B, D]."""
+        with torch.autocast(maps.device.type, enabled=False):
+            return generalised_mean(maps.float().flatten(2).transpose(1, 2), self.p)
 
 
 class Pooling(nn.Module):

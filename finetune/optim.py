@@ -9,6 +9,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from finetune.backbones import TimmBackbone
+from finetune.branches import SoftBranch
 from pretrain.backbone import Backbone
 from recipes.errors import UserError
 from recipes.load import Section
@@ -30,6 +31,8 @@ class OptimConfig(Section):
     )  # for parameters whose name contains "bias"; null: as the others
     epochs: int = Field(120, ge=1)
     warmup_epochs: float = Field(20.0, ge=0)  # linear from warmup_factor * lr, the same start for biases
+    # steps; in place of warmup_epochs, and the cosine then runs over the epochs that are left, as in fast-reid
+    warmup_steps: int | None = Field(None, ge=0)
     warmup_factor: float = Field(0.01, ge=0, le=1)
     # after the warm-up; "tail": the same until `tail_start`, then exponentially down to tail_factor at the end
     schedule: Literal["cosine", "steps", "tail"] = "cosine"
@@ -55,6 +58,8 @@ class OptimConfig(Section):
             )
         if not all(0 < factor <= 1 for factor in self.factors):
             raise ValueError(f"gamma must lie in (0, 1], not {self.gamma}")
+        if self.warmup_steps is not None and (self.schedule != "cosine" or self.by != "epoch"):
+            raise ValueError("warmup_steps is for schedule=cosine with by=epoch; give warmup_epochs instead")
         if self.schedule == "tail" and not self.tail_start < self.epochs:
             raise ValueError(f"tail_start={self.tail_start:g} must come before the end, epochs={self.epochs}")
         return self
@@ -63,6 +68,17 @@ class OptimConfig(Section):
     def factors(self) -> tuple[float, ...]:
         """Of each step."""
         return self.gamma if isinstance(self.gamma, tuple) else (self.gamma,) * len(self.steps)
+
+
+def _after_steps(epoch: float, base: float, config: OptimConfig, length: int) -> float:
+    """With `warmup_steps`: linear by the step, then the cosine by the epoch, over those that begin after the warm-up;
+    biases start at the same factor of their own rate."""
+    step, warmup = round(epoch * length), config.warmup_steps
+    if step < warmup:
+        return base * (config.warmup_factor + (1 - config.warmup_factor) * step / warmup)
+    first, end = math.ceil(warmup / length), config.end_factor * config.lr
+    done = max(0, math.floor(epoch) - first) / max(1, config.epochs - first)
+    return end + 0.5 * (base - end) * (1 + math.cos(math.pi * done))
 
 
 def learning_rate(progress: float, base: float, config: OptimConfig) -> float:
@@ -113,6 +129,9 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
         for prefix, part in module.named_modules():
             if isinstance(part, Backbone | TimmBackbone):
                 below |= {f"{prefix}.{name}".lstrip("."): level for name, level in levels(part).items()}
+            elif isinstance(part, SoftBranch):  # a copy, as far from the neck as what it is a copy of
+                own = levels(module.backbone)
+                below |= {f"{prefix}.{name}": own[part.origin(name)] for name, _ in part.named_parameters()}
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = []
     for level in sorted({0, *below.values()}):
@@ -132,9 +151,14 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     return kind(groups, weight_decay=config.weight_decay)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, epoch: float, config: OptimConfig) -> float:
-    """Set the rates for a moment in epochs (fraction included); returns that of the neck's weights."""
-    progress = epoch if config.by == "step" else math.floor(epoch)
+def set_rate(optimizer: torch.optim.Optimizer, epoch: float, config: OptimConfig, length: int = 1) -> float:
+    """Set the rates for a moment in epochs of `length` steps (fraction included); returns that of the neck."""
+
+    def rate(base: float) -> float:
+        if config.warmup_steps is not None:
+            return _after_steps(epoch, base, config, length)
+        return learning_rate(epoch if config.by == "step" else math.floor(epoch), base, config)
+
     for group in optimizer.param_groups:
-        group["lr"] = group["scale"] * learning_rate(progress, group["bias_factor"] * config.lr, config)
-    return learning_rate(progress, config.lr, config)
+        group["lr"] = group["scale"] * rate(group["bias_factor"] * config.lr)
+    return rate(config.lr)

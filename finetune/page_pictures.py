@@ -100,7 +100,7 @@ def described(folder: Path, name: str, otherwise: str) -> str:
 
 
 def of_search(searched: Searched, album: Album) -> list[Picture]:
-    """distances.png and cameras.png of an evaluation."""
+    """The pictures of an evaluation beside its ranked lists."""
     words = {
         "distances.png": ("Distances of pairs", "Distances of pairs of one person and of two, and the ROC."),
         "cameras.png": ("Pairs of cameras", "mAP of the queries of one camera among the images of another one."),
@@ -108,6 +108,7 @@ def of_search(searched: Searched, album: Album) -> list[Picture]:
             "Aligned stripes",
             "Which stripe of a query meets which stripe of its first answer.",
         ),
+        "attention.png": ("Learned attention", "Where the model looks, by the maps that it learned."),
     }
     found = []
     for name, (title, otherwise) in words.items():

@@ -28,19 +28,19 @@ class PlainBackbone(nn.Module):
         self.drops: list[float] = []
         self.vit = backbone.vit
 
-    def before_last(self, images: Tensor, drops: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        """The tokens [B, L, D] that go into the last block."""
+    def before(self, block: int, images: Tensor, drops: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """The tokens [B, L, D] that go into block number `block`, which may count from the end."""
         x = self.vit._pos_embed(self.vit.patch_embed(images))
         x = self.vit.norm_pre(x if self.added is None else x + self.added[:, None])
-        for block in self.vit.blocks[:-1]:
-            x = block(x)
-        return x
+        return self.through(x, self.vit.blocks[:block], None, ())
 
-    def last(
-        self, tokens: Tensor, drops: Tensor | None, block: nn.Module | None = None, norm: nn.Module | None = None
+    def through(
+        self, tokens: Tensor, blocks: Sequence[nn.Module], drops: Tensor | None, rates: Sequence[float]
     ) -> Tensor:
-        """The last block and the norm, or copies of them, on tokens [B, L, D]."""
-        return (norm or self.vit.norm)((block or self.vit.blocks[-1])(tokens))
+        """Tokens [B, L, D] through blocks of this network, or copies of them."""
+        for block in blocks:
+            tokens = block(tokens)
+        return tokens
 
     def forward(
         self,
@@ -50,7 +50,7 @@ class PlainBackbone(nn.Module):
         patches: Literal["all", "none"] = "all",
     ) -> Tokens:
         """images float32 [B, 3, H, W]."""
-        x, prefix = self.last(self.before_last(images, None, added), None), self.vit.num_prefix_tokens
+        x, prefix = self.vit.norm(self.before(len(self.vit.blocks), images, None, added)), self.vit.num_prefix_tokens
         return Tokens(x[:, 0], x[:, prefix:], x[:, 1:prefix])
 
 

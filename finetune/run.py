@@ -67,7 +67,7 @@ def train(
         sampler.batches, length = views.places(epoch, plan, *share)[done.batch :], len(plan.batches)
         method.train()
         for number, batch in enumerate(ranks.waited_for(loader), start=done.batch):
-            rates = [optim.set_rate(each, epoch + number / length, config.optim) for each in optimisers]
+            rates = [optim.set_rate(each, epoch + number / length, config.optim, length) for each in optimisers]
             views.seed_torch(config.seed, done.step, acc.process_index)
             with acc.autocast():
                 losses = wrapped(batch.to(acc.device))
@@ -107,7 +107,7 @@ def run(config: FinetuneConfig, out: Path, acc: Accelerator, ranks: Ranks) -> No
     length, size = method.shape(identities)
     shard_batch(range(size), acc.process_index, acc.num_processes, config.sampling.images_per_identity)  # or refuse
     folder = RunFolder.open(out, config, acc.is_main_process, resume.FREE_KEYS, {"processes": acc.num_processes})
-    acc.print(f"{identities.sentence}, start: {stored.get('source', config.ckpt)}")
+    acc.print(f"{identities.sentence}, start: {stored.get('source', config.ckpt)}{method.told_streams}")
     facts = {"classes": identities.classes, "cameras": cameras, "ckpt": config.ckpt}
     embed = features.Embedder(method.to(acc.device), Augment(config.augment), acc, data.workers, data.flip)
 

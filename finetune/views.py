@@ -1,9 +1,11 @@
 """Training images of a fine-tune: global P x K batches, each process its part, every random number of its own seed."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.augment import Augment
@@ -30,9 +32,14 @@ class TrainViews(Dataset):
         # the slot, not the image: an image may stand in a batch more than once
         rng = generator(self.seed, "finetune/views", epoch, batch, slot)
         row = int(self.identities.rows[position])
-        view = self.augment.train_view(decode(self.reader[row].image), rng)
+        view = self.augment.train_view(decode(self.reader[row].image), rng, partial(self._another, position))
         draws = rng.random(self.draws, dtype=np.float32)
         return view, label, draws, int(self.reader.camids[row]), words
+
+    def _another(self, position: int, rng: np.random.Generator) -> Image.Image:
+        """A training image that is not the one at `position`."""
+        rows = self.identities.rows
+        return decode(self.reader[int(rows[(position + rng.integers(1, len(rows))) % len(rows)])].image)
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:

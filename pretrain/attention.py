@@ -21,9 +21,9 @@ def cls_attention(backbone: Backbone, images: Tensor, added: Tensor | None = Non
 @torch.no_grad()
 def look(backbone: Backbone, images: Tensor, added: Tensor | None = None) -> tuple[Tokens, Tensor]:
     """One forward: all tokens after the final norm as `Backbone.forward` gives them, and `cls_attention`."""
-    tokens = backbone.before_last(images, added=added)
-    ends, prefix = backbone.last(tokens, None), backbone.vit.num_prefix_tokens
-    block, patch = backbone.vit.blocks[-1], backbone.arguments["patch_size"]
+    tokens, last = backbone.before(-1, images, added=added), backbone.vit.blocks[-1:]
+    ends = backbone.vit.norm(backbone.through(tokens, last, None, backbone.drops[-2:]))
+    block, prefix, patch = last[0], backbone.vit.num_prefix_tokens, backbone.arguments["patch_size"]
     attn = block.attn
     qkv = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1))  # [B, L, 3, heads, d]
     q, k = attn.q_norm(qkv[:, 0, 0]), attn.k_norm(qkv[:, :, 1])

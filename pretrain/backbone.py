@@ -132,23 +132,27 @@ class Backbone(nn.Module):
         to every token before the first block; patches: "none" where CLS alone is wanted."""
         return self.packed([images], mask, None if drops is None else [drops], [patches], added)[0]
 
-    def before_last(self, images: Tensor, drops: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-        """The tokens [B, L, D] that go into the last block; arguments as in `forward`."""
+    def before(self, block: int, images: Tensor, drops: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """The tokens [B, L, D] that go into block number `block`, which may count from the end; other arguments as in
+        `forward`."""
         x, layout, kernel, depths = self._start([images], None, None if drops is None else [drops], True, added)
-        return self._through(self.vit.blocks[:-1], x, layout, kernel, depths).unflatten(0, layout[0][:2])
+        return self._through(self.vit.blocks[:block], x, layout, kernel, depths).unflatten(0, layout[0][:2])
 
-    def last(
-        self, tokens: Tensor, drops: Tensor | None, block: nn.Module | None = None, norm: nn.Module | None = None
+    def through(
+        self, tokens: Tensor, blocks: Sequence[nn.Module], drops: Tensor | None, rates: Sequence[float]
     ) -> Tensor:
-        """The last block and the norm, or copies of them, on tokens [B, L, D]; drops: float [B, 2] or None."""
+        """Tokens [B, L, D] through blocks of this network, or copies of them.
+
+        drops: float [B, 2 * blocks] uniform draws, or None. rates: as in `self.drops`, of these blocks.
+        """
         layout, x = (Span(*tokens.shape[:2]),), tokens.flatten(0, 1)
-        depths, rate = [None, None], self.drops[-1]
-        if drops is not None and rate:
-            kept = ((drops >= rate) / (1 - rate)).to(x.device).repeat_interleave(layout[0].length, dim=0)
-            depths = [Depth(factor[:, None]) for factor in kept.unbind(1)]
+        depths: list[Depth | None] = [None] * len(rates)
+        if drops is not None and any(rates):
+            limits = torch.tensor(rates, device=drops.device)
+            kept = ((drops >= limits) / (1 - limits)).to(x.device).repeat_interleave(layout[0].length, dim=0)
+            depths = [Depth(factor[:, None]) if rate else None for factor, rate in zip(kept.T, rates, strict=True)]
         kernel = kernel_for(x.device, torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype)
-        x = self.run_block(block or self.vit.blocks[-1], x, layout, kernel, *depths)
-        return (norm or self.vit.norm)(x).unflatten(0, layout[0][:2])
+        return self._through(blocks, x, layout, kernel, depths).unflatten(0, layout[0][:2])
 
     def _through(self, blocks: Sequence[nn.Module], x: Tensor, layout: Layout, kernel: str, depths: list) -> Tensor:
         """Tokens [T, D] through whole blocks."""

@@ -25,7 +25,7 @@ def encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_png(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Write a file that a reader sees whole or not at all; OSError, which names it, where the disk refuses."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pretrain import comparing, looking, mosaics, processes
 from pretrain.chosen_crops import Crops, open_crops, people, shuffled, sound
-from pretrain.grids import encoded, write_png
+from pretrain.grids import encoded, write_file
 from pretrain.looking import Eye, Seen
 from pretrain.opened_teacher import Opened, open_teacher
 from recipes.errors import UserError, plain_errors
@@ -112,7 +112,7 @@ def main() -> None:
         opened.head.to(accelerator.device)
     made = draw(given, opened, eye, crops)
     for kind, seen in made.items():
-        write_png(given.out / f"{kind}.png", encoded(seen.image))
+        write_file(given.out / f"{kind}.png", encoded(seen.image))
         print(f"{given.out / kind}.png: {seen.sentence}")
     if "clusters" not in made and not given.kinds:
         print(f"no clusters.png: {opened.headless}")

@@ -17,7 +17,7 @@ from pydantic import Field
 from pretrain import comparing, looking
 from pretrain.backbone import Backbone
 from pretrain.chosen_crops import of_reader, shuffled, sound
-from pretrain.grids import encoded, write_png
+from pretrain.grids import encoded, write_file
 from pretrain.looking import Eye, Seen
 from pretrain.packing import run_block
 from pretrain.photometric import PhotometricConfig
@@ -137,7 +137,7 @@ class Showing:
         folder = self.out / str(self.snapshot(step))
         files = {kind: encoded(each.image) for kind, each in seen.items()}
         for kind, data in files.items():
-            write_png(folder / f"{kind}.png", data)
+            write_file(folder / f"{kind}.png", data)
         write_json(folder / "numbers.json", {kind: s.numbers | {"sentence": s.sentence} for kind, s in seen.items()})
         for tracker in self.accelerator.trackers:
             if isinstance(tracker, Scalars):

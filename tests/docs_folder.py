@@ -91,6 +91,13 @@ def _files(folder: Path) -> None:
     torch.save(strangers_reid.strangers()["PersonViT"].content, folder / "transformer_120.pth")
 
 
+METHODS = (
+    ("market-aligned", "market1501", ["method.name=aligned", "method.id_losses={}"]),
+    ("market-mdpr", "market1501", ["method={name: mdpr, dim: 16}"]),
+    ("pedes", "cuhk_pedes", ["method={name: text_search}"]),
+)  # run, set, and how it is trained
+
+
 def commands(folder: Path) -> list[list[str]]:
     """What makes the runs, the gallery and the tables, in order."""
     data, runs = folder / "data", folder / "runs"
@@ -101,22 +108,9 @@ def commands(folder: Path) -> list[list[str]]:
         small.arguments("pretrain/run.py", runs / "pretrain", Path("data/luperson"), *short),
         [*finetune, "--ckpt", "runs/pretrain/teacher", f"benchmark.shards={Path('data/market1501')}"],
         ["finetune/search.py", "build", "path/to/crops", *model, "runs/gallery", "--device", "cpu"],
-        small.arguments(
-            "finetune/run.py",
-            runs / "market-aligned",
-            data / "market1501",
-            "optim.epochs=1",
-            "method.name=aligned",
-            "method.id_losses={}",
-            ckpt="none",
-        ),
-        small.arguments(
-            "finetune/run.py",
-            runs / "pedes",
-            data / "cuhk_pedes",
-            "optim.epochs=1",
-            "method={name: text_search}",
-            ckpt="none",
+        *(
+            small.arguments("finetune/run.py", runs / name, data / shards, "optim.epochs=1", *method, ckpt="none")
+            for name, shards, method in METHODS
         ),
         [
             "finetune/search.py",
@@ -135,6 +129,8 @@ def commands(folder: Path) -> list[list[str]]:
     for name, teacher in (("source", "teachers/epoch-0001.00"), ("target", "teacher")):
         made.append(["finetune/embed.py", "--ckpt", f"runs/pretrain/{teacher}", "--shards", "data/luperson", "--out",
                      f"tables/{name}", "--workers", "0"])  # fmt: skip
+    made.append(["finetune/export.py", "--ckpt", "runs/market-mdpr", "--streams", "fusion", "--out",
+                 "models/market-fusion"])  # fmt: skip
     made.append(["shards/cfs_score.py", "tables/source", "tables/target", "--out", "scores/luperson"])
     for name in LISTS:
         made.append(["shards/cfs_keep.py", "--shards", "data/luperson", "--fraction", "0.5", "--random", "--out",

@@ -91,6 +91,7 @@ def _finetune(words: list[str]) -> Way:
     if any("_r50" in word for word in words):
         return Way("arguments", words, REASONS["resnet"])
     text = ["method.word_table={kind: random}"] if any("text_search" in word for word in words) else []
+    text += ["method={name: mdpr, dim: 16}"] if any("/mdpr_" in word for word in words) else []
     held_out = HELD_OUT if any(word.startswith("validation.") for word in words) else []
     return Way("run", [*words, *FINETUNE, *held_out, *text], gone=tuple(_after(words, "--out")))
 

@@ -59,7 +59,7 @@ def test_text_is_wrapped_at_words(width):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     image, path = Image.new("RGB", (5, 7)), tmp_path / "deep" / "a.png"
-    grids.write_png(path, grids.encoded(image))
+    grids.write_file(path, grids.encoded(image))
     assert Image.open(path).size == (5, 7)
     before = path.read_bytes()
 
@@ -68,7 +68,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="No space left") as told:
-        grids.write_png(path, b"other")
+        grids.write_file(path, b"other")
     assert told.value.filename == str(path)
     assert [each.read_bytes() for each in path.parent.iterdir()] == [before]
 

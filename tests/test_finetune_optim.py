@@ -1,5 +1,7 @@
 """Fine-tuning's rates against the published table; its groups by name."""
 
+import math
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -235,3 +237,30 @@ def test_layer_decay_without_layers_is_refused(monkeypatch):
     monkeypatch.setattr(type(model.backbone.model), "group_matcher", lambda self, coarse: {"stem": "."})
     with pytest.raises(UserError, match="is one layer"):
         build_optimizer(model, OptimConfig(layer_decay=0.9))
+
+
+@pytest.mark.parametrize(("epoch", "share"), [
+    (0, 0.1), (1 / 50, 0.1 + 0.9 / 2000), (20, 0.55), (39 + 49 / 50, 1 - 0.9 / 2000), (40, 1.0), (40 + 49 / 50, 1.0),
+    (50, 0.5), (59, (1 - math.cos(math.pi / 20)) / 2),
+])  # fmt: skip
+def test_rates_of_mdpr(epoch, share):
+    """2,000 steps of warm-up by the step are 40 epochs of 50; 20 epochs of cosine are left, by the epoch, to 1e-7."""
+    config = OptimConfig(kind="adam", lr=3.5e-4, bias_lr_factor=1.0, epochs=60, warmup_steps=2000, warmup_factor=0.1,
+                         end_factor=0)  # fmt: skip
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    assert set_rate(optimizer, epoch, config, 50) == pytest.approx(3.5e-4 * share, rel=1e-6)
+    assert {group["lr"] for group in optimizer.param_groups} == {set_rate(optimizer, epoch, config, 50)}
+    ends = config.model_copy(update={"end_factor": 1e-7 / 3.5e-4})
+    assert set_rate(optimizer, 59.99, ends, 50) > 1e-7
+
+
+def test_a_warm_up_longer_than_the_training_never_ends():
+    config = OptimConfig(epochs=3, warmup_steps=1000, warmup_factor=0.0, lr=1e-3, bias_lr_factor=1.0)
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    assert set_rate(optimizer, 2.9, config, 10) == pytest.approx(1e-3 * 29 / 1000)
+
+
+@pytest.mark.parametrize("more", [{"by": "step"}, {"schedule": "steps"}])
+def test_warm_up_by_steps_goes_with_the_cosine_by_epochs(more):
+    with pytest.raises(ValidationError, match="warmup_epochs instead"):
+        OptimConfig(warmup_steps=10, **more)

@@ -178,7 +178,7 @@ def test_a_disk_that_refuses_costs_the_pictures_only(tmp_path, scene, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(showing, "write_png", refuse)
+        patch.setattr(showing, "write_file", refuse)
         numbers = scene.draw()
     told = capsys.readouterr().err
     assert numbers.keys() == set(LOGGED), "what was counted is not lost"
@@ -190,7 +190,7 @@ def test_a_disk_that_refuses_costs_the_pictures_only(tmp_path, scene, monkeypatc
     def ours(*_: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(showing, "write_png", ours)
+    monkeypatch.setattr(showing, "write_file", ours)
     with pytest.raises(OSError, match="Bad file descriptor"):
         scene.draw()
 

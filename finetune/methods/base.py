@@ -1,7 +1,7 @@
 """The contract of a fine-tune method: what the loop in run.py calls. A method is one file beside this one."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -125,6 +125,26 @@ class Method(nn.Module, abc.ABC):
         """The second stage of a search: distances float32 [q, g] of local features [q, H, c] and [g, H, c]. aligned:
         False compares each of them with the one at its own place only."""
         raise AssertionError("this method has no local features")
+
+    @property
+    def streams(self) -> Mapping[str, int]:
+        """Parts of the retrieval feature and their lengths, in order; {}: it is one."""
+        return {}
+
+    @property
+    def told_streams(self) -> str:
+        """For the end of a sentence: what the retrieval feature is made of; "" where it is one."""
+        parts = " + ".join(f"{length} {stream}" for stream, length in self.streams.items())
+        return f"; feature: {parts}" if parts else ""
+
+    def search_by(self, streams: Sequence[str]) -> None:
+        """Embed with these parts only. UserError where the model has not one of them."""
+        raise UserError("this model has one feature, so there are no streams to choose")
+
+    def attention(self, images: Tensor) -> Mapping[str, Tensor]:
+        """What the model learned to look at in images [B, 3, H, W]: maps float32 [B, K, h, w] in 0..1, by a name;
+        called in eval mode. {}: nothing was learned."""
+        return {}
 
     def exported(self, section: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and `method` section of the model that comes out. section: the recipe's. What only a training needs

@@ -63,9 +63,9 @@ class BagOfTricks(Method):
         own = None if drops is None else drops[:, : super().draws]
         if self.jpm is None:
             return [self.pooling(self.backbone(images, drops=own, added=added, patches=self.patches))]
-        tokens = self.backbone.before_last(images, own, added)
-        prefix = self.backbone.vit.num_prefix_tokens
-        x = self.backbone.last(tokens, None if own is None else own[:, -2:])
+        vit, rates = self.backbone.vit, self.backbone.drops[-2:]
+        tokens, prefix = self.backbone.before(-1, images, own, added), vit.num_prefix_tokens
+        x = vit.norm(self.backbone.through(tokens, vit.blocks[-1:], None if own is None else own[:, -2:], rates))
         local = self.jpm(self.backbone, tokens, None if drops is None else drops[:, super().draws :])
         return [self.pooling(Tokens(x[:, 0], x[:, prefix:], x[:, 1:prefix])), *(part.float() for part in local)]
 
