@@ -1,4 +1,4 @@
-"""A page to search a gallery with pictures: drop one, or click one of the gallery, and see the nearest images.
+"""A page to search a gallery: drop a picture, click one of the gallery or say whom you look for, and see the nearest.
 
     python finetune/app.py runs/gallery                     http://127.0.0.1:7860, for this machine only
     python finetune/app.py runs/gallery runs/other          several galleries, also of different models
@@ -51,11 +51,11 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def page_module() -> ModuleType:
-    """The page; UserError without gradio."""
+def server_module() -> ModuleType:
+    """The page and its server; UserError without gradio."""
     os.environ.update(QUIET)
     try:
-        return importlib.import_module("finetune.app_page")
+        return importlib.import_module("finetune.app_server")
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "fastapi", "uvicorn"):
             raise
@@ -89,13 +89,13 @@ def warn(host: str) -> None:
 def main() -> None:
     """Entry point."""
     given = arguments()
-    page_file = page_module()
-    with page_file.listening(given.host, given.port) as sock:
-        page = page_file.Page(searchers(given), int(given.max_upload_mb * MB), given.attention)
+    server = server_module()
+    with server.listening(given.host, given.port) as sock:
+        page = server.Page(searchers(given), int(given.max_upload_mb * MB), given.attention)
         if not is_loopback(given.host):
             warn(given.host)
         port = sock.getsockname()[1]
-        page_file.Server(page, given.host, port, partial(print, flush=True)).run(sockets=[sock])
+        server.Server(page, given.host, port, partial(print, flush=True)).run(sockets=[sock])
 
 
 if __name__ == "__main__":

@@ -1,24 +1,17 @@
-"""The search page in gradio: controls, what happens when they change, and the server.
+"""The search page in gradio: controls, and what happens when they change.
 
-Only this file knows gradio. The state of a visitor is a Session, which the server keeps; of the browser it believes
-nothing but what app_uploads.py checked. Pictures travel inside the HTML, so no file is served.
+Only this file and app_server.py know gradio. The state of a visitor is a Session, which the server keeps; of the
+browser it believes nothing but what app_uploads.py checked. Pictures travel inside the HTML, so no file is served.
 """
 
-import asyncio
-import contextlib
-import datetime
-import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
-import uvicorn
-from fastapi import FastAPI
 
 from finetune import app_uploads, app_views
-from finetune.app_guard import Guard, is_loopback
-from finetune.app_search import Query, Searcher, Settings
+from finetune.app_search import LONGEST, Query, Searcher, Settings
 from recipes.errors import UserError
 
 TOPS = (12, 24, 48)  # how many matches may be asked for
@@ -31,8 +24,6 @@ OPTIONS = {  # switches of Settings
 PAST = 20  # queries that "back" goes through
 WAITING = 32  # searches that may wait; more visitors are told to come back
 SESSIONS = 100  # visitors whose state is kept; each holds up to 5 MB, most of it the list that was sent last
-KEPT = datetime.timedelta(hours=1)  # after the page was closed: a laptop may sleep, and go on
-FONTS = ["ui-sans-serif", "system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the visitor's own machine
 PLAIN = {"apply_default_css": False}  # of gr.HTML: app.css says how it looks
 
 
@@ -103,6 +94,11 @@ class Page:
         searcher = self.searchers[session.gallery]
         return self._asked(session, controls, lambda: searcher.upload(app_uploads.read(event._data, self.max_bytes)))
 
+    def said(self, session: Session, sentence: str, *controls: Any) -> tuple:
+        """A sentence was typed."""
+        searcher = self.searchers[session.gallery]
+        return self._asked(session, controls, lambda: searcher.sentence(sentence))
+
     def picked(self, event: gr.EventData, session: Session, *controls: Any) -> tuple:
         """An image of the gallery was clicked."""
         searcher = self.searchers[session.gallery]
@@ -147,23 +143,30 @@ class Page:
         )
 
     def chosen(self, before: Session, place: int, *controls: Any) -> tuple:
-        """Another gallery: the same picture is searched for there, if it is at hand."""
+        """Another gallery: the same picture or sentence is searched for there, if that can be done."""
         session, told = Session(int(place), number=before.number + 1), app_views.message()
         searcher = self.searchers[session.gallery]
         if before.query is not None:
             try:
-                encoded = self.searchers[before.gallery].original(before.query)
-                upload = app_uploads.opened(app_uploads.shown_name(before.query.name), encoded)
-                session = replace(session, query=searcher.upload(upload))
+                session = replace(session, query=self._again(before, searcher))
             except UserError as error:
                 told = app_views.message(str(error))
         there = self._options(searcher)
         kept = [label for label in there["choices"] if label in controls[2]]
         try:
             about = *self._about(session.gallery), gr.CheckboxGroup(value=kept, **there)
-            return session, told, self._result(session, (controls[0], (), kept)), *about
+            field = gr.Textbox(visible=searcher.reads_sentences)
+            return session, told, self._result(session, (controls[0], (), kept)), *about, field
         except UserError as error:
-            return before, app_views.message(str(error)), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return before, app_views.message(str(error)), *[gr.skip()] * 5
+
+    def _again(self, before: Session, searcher: Searcher) -> Query:
+        """The query of a session, for another gallery; UserError."""
+        query = before.query
+        if query.sentence:
+            return searcher.sentence(query.name)
+        encoded = self.searchers[before.gallery].original(query)
+        return searcher.upload(app_uploads.opened(app_uploads.shown_name(query.name), encoded))
 
     @staticmethod
     def _options(searcher: Searcher) -> dict[str, Any]:
@@ -176,14 +179,13 @@ class Page:
     # ---- the page
 
     def blocks(self) -> gr.Blocks:
-        """All of it. A model that finds images by a sentence adds its field in `_inputs`, with an event like `sent`
-        whose query has no pixels."""
+        """All of it."""
         first = self.searchers[0]
         with gr.Blocks(title="Search people", analytics_enabled=False) as blocks:
             session = gr.State(Session())
             head = gr.HTML(app_views.head(first), js_on_load=None, **PLAIN)
             with gr.Row():
-                drop, message = self._inputs()
+                drop, sentence, message = self._inputs(first)
                 place, controls = self._controls(first)
             result = gr.HTML("", js_on_load=app_views.source("app_result.js"), **PLAIN)
             given, shown = [session, *controls], [session, message, result]
@@ -191,23 +193,29 @@ class Page:
             for listen, act in ((drop.sent, self.sent), (result.picked, self.picked), (result.back, self.back),
                                 (result.browse, self.browse)):  # fmt: skip
                 listen(act, given, shown, show_progress="minimal", show_progress_on=[result], **how)
+            sentence.submit(self.said, [session, sentence, *controls], shown, show_progress="minimal",
+                            show_progress_on=[result], **how)  # fmt: skip
             for control in controls:
                 control.input(self.changed, given, shown, show_progress="minimal", show_progress_on=[result],
                                trigger_mode="always_last", **how)  # fmt: skip
             if place is not None:
-                outputs = [*shown, head, *controls[1:]]
+                outputs = [*shown, head, *controls[1:], sentence]
                 place.input(self.chosen, [session, place, *controls], outputs, show_progress_on=[result], **how)
             blocks.load(self.arrived, given, [*shown, head, controls[1]], show_progress="hidden", **how)
         blocks.queue(max_size=WAITING, api_open=False)
         blocks.state_session_capacity = SESSIONS
         return blocks
 
-    def _inputs(self) -> tuple[gr.HTML, gr.HTML]:
+    def _inputs(self, first: Searcher) -> tuple[gr.HTML, gr.Textbox, gr.HTML]:
         """What a visitor searches with, and the sentence where that fails."""
         with gr.Column(scale=2, min_width=280):
             drop = gr.HTML(app_views.drop(self.max_bytes), js_on_load=app_views.source("app_drop.js"), **PLAIN)
+            sentence = gr.Textbox(
+                label="or say in English whom you look for, and press Enter", max_lines=1, max_length=LONGEST,
+                placeholder="a woman in a red coat with a white bag", visible=first.reads_sentences,
+            )  # fmt: skip
             told = app_views.source("app_message.js")
-            return drop, gr.HTML(app_views.message(), js_on_load=told, **PLAIN)
+            return drop, sentence, gr.HTML(app_views.message(), js_on_load=told, **PLAIN)
 
     def _controls(self, first: Searcher) -> tuple[gr.Radio | None, list]:
         """The gallery, where there are several, and the settings in the order of `settings`."""
@@ -227,64 +235,3 @@ class Page:
                 value=[OPTIONS["attention"]] if attention else [], label="Options", **self._options(first)
             )
         return place, [top, cameras, options]
-
-
-def forget(holder: Any, now: datetime.datetime) -> None:
-    """Drop what visitors left who closed the page an hour ago. holder: gradio's sessions; it would drop their queries
-    itself, but keep the lists that it sent them, pictures and all."""
-    for name, session in list(holder.session_data.items()):
-        if session.is_closed and now - holder.time_last_used.get(name, now) > KEPT:
-            holder.session_data.pop(name, None)
-            holder.time_last_used.pop(name, None)
-
-
-def application(page: Page, host: str, port: int) -> Guard:
-    """The page as an ASGI application, behind the guard."""
-
-    @contextlib.asynccontextmanager
-    async def forgetting(_: FastAPI) -> AsyncIterator[None]:
-        async def again_and_again() -> None:
-            while True:
-                await asyncio.sleep(60)
-                forget(outer.routes[-1].app.state_holder, datetime.datetime.now())
-
-        task = asyncio.create_task(again_and_again())
-        yield
-        task.cancel()
-
-    theme = gr.themes.Default(primary_hue="blue", font=FONTS[0], font_mono=FONTS[1])
-    outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=forgetting)
-    # errors of ours are not told to the visitor: they may name files; the terminal has them
-    gr.mount_gradio_app(
-        outer, page.blocks(), "/", server_name=host, server_port=port,
-        footer_links=[], run_history=False, show_error=False, max_file_size=1, enable_monitoring=False, ssr_mode=False,
-        pwa=False, mcp_server=False, theme=theme, css=app_views.source("app.css"),
-    )  # fmt: skip
-    return Guard(outer, page.max_bytes, is_loopback(host))
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before a browser is told; UserError where it cannot. port: 0 for any free one."""
-    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=kind, backlog=128)
-    except (OSError, OverflowError) as error:
-        told = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        raise UserError(
-            f"nothing can listen at --host {host} --port {port} ({told}); if another program is there, give another "
-            "--port, or 0 for any free one"
-        ) from error
-
-
-class Server(uvicorn.Server):
-    """Says where it is once it answers."""
-
-    def __init__(self, page: Page, host: str, port: int, told: Callable[[str], None]):
-        """Ctrl-C ends it; browsers that stay connected are not waited for."""
-        guarded = application(page, host, port)
-        super().__init__(uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1, ws="none"))
-        self.url, self.told = f"http://{f'[{host}]' if ':' in host else host}:{port}", told
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self.told(f"{self.url}  (Ctrl-C ends it)")

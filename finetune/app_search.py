@@ -18,6 +18,7 @@ from finetune.gallery_files import read_gallery
 from recipes.errors import UserError
 from shards.schema import UNKNOWN
 
+LONGEST = 500  # characters of a sentence
 KEPT = 1_000_000  # bytes of an upload that stays in memory, to search another gallery with it
 
 
@@ -33,10 +34,9 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """What is searched with. feature is all that a search needs, so that words can be a query as well: without pixels,
-    and without attention."""
+    """What is searched with: a picture or a sentence."""
 
-    name: str
+    name: str  # of the picture, or the sentence
     feature: np.ndarray  # float32 [D], of length 1
     pixels: np.ndarray | None = None  # uint8 [H, W, 3], small; None: cannot be shown
     missing: str = ""  # why it cannot
@@ -46,6 +46,7 @@ class Query:
     attention: np.ndarray | None = None  # float32 [gh, gw]
     notes: tuple[str, ...] = ()
     encoded: bytes | None = field(default=None, repr=False)  # of an upload of at most KEPT bytes
+    sentence: bool = False  # its cosines are lower than those of two pictures: no threshold of theirs counts
 
 
 class Hit(NamedTuple):
@@ -118,6 +119,22 @@ class Searcher:
     def has_cameras(self) -> bool:
         """Whether the images can be told apart by camera."""
         return len(self._loaded.cameras) > 1
+
+    @property
+    def reads_sentences(self) -> bool:
+        """Whether the model was trained with sentences."""
+        return hasattr(self.extractor.model, "embed_sentences")
+
+    def sentence(self, text: str) -> Query:
+        """A query from what somebody looks like; UserError where the model cannot read it."""
+        if not self.reads_sentences:
+            raise UserError("The model of this gallery was not trained with sentences; search it with a picture.")
+        text = " ".join(text.split())[:LONGEST] if isinstance(text, str) else ""
+        if not text:
+            raise UserError("Say whom you look for, for example: a woman in a red coat with a white bag.")
+        (feature,), unknown = self.extractor.sentences([text])
+        notes = (f"Words {self.extractor.model.vocabulary.unknown_sentence(unknown)}.",) if unknown else ()
+        return Query(text, feature, notes=notes, sentence=True)
 
     def upload(self, picture: Upload) -> Query:
         """A query from an uploaded picture."""
@@ -192,7 +209,7 @@ class Searcher:
     ) -> list[Hit]:
         gallery, hits = loaded.gallery, []
         for score, number, distance in zip(scores.tolist(), ids.tolist(), distances, strict=False):
-            row, known = loaded.row(number), gallery.calibration
+            row, known = loaded.row(number), None if query.sentence else gallery.calibration
             pid, camid = int(gallery.columns.pids[row]), int(gallery.columns.camids[row])
             label, score = loaded.originals.label(row), min(score, 1.0)
             answer = Answer(number, score, gallery.columns.keys[row], label, pid, camid)

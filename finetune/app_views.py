@@ -24,6 +24,10 @@ _PAGES = jinja2.Environment(
     lstrip_blocks=True,
 )  # fmt: skip
 COLUMNS = ("place", "id", "score", "distance", "same", "probability", "image", "camera", "identity")
+SAID = (
+    "The cosine says how well a sentence and an image fit; there is no threshold for it, and a list always has a first "
+    "place. A match is a hint to look at, never proof of who somebody is."
+)
 FORMULA = "=+-@\t\r"  # what a spreadsheet takes for the beginning of a formula
 
 
@@ -121,7 +125,7 @@ def found(searcher: Searcher, query: Query, settings: Settings, result: Found, n
     scores = [hit.answer.score for hit in hits]
     title = f"{len(hits)} nearest image{'' if len(hits) == 1 else 's'}" if hits else "No image found"
     tiles = [_tile(place, hit, scores, searcher.has_cameras) for place, hit in enumerate(hits, start=1)]
-    notes = [*result.notes, _calibrated(gallery.calibration)]
+    notes = [*result.notes, SAID if query.sentence else _calibrated(gallery.calibration)]
     if settings.attention and not searcher.no_attention:
         notes.insert(0, "Second picture: the attention of the CLS token in the last block, mean over its heads; black "
                         "none, yellow the most in that picture. It says where the model looked, not why.")  # fmt: skip

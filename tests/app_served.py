@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import small
-from test_search import CALIBRATION, a_model
+from test_search import CALIBRATION, a_model, a_reader_of_text
 
 from finetune.app_search import Searcher
 from finetune.extractor import Extractor
@@ -29,6 +29,12 @@ def searcher(folder: Path, source: Path | str, name: str = "people", model: Extr
     return Searcher(gallery, model)
 
 
+def sentences(folder: Path) -> Searcher:
+    """Six crops, and a model that knows the words of "a woman in a red coat"."""
+    made = a_reader_of_text(folder)
+    return Searcher(Gallery.load(made / "gallery"), Extractor(made, "cpu"))
+
+
 def people(folder: Path, base: Path) -> Searcher:
     """48 drawn images of 12 people and two cameras, with labels. base: where drawn sets are shared."""
     return searcher(folder, small.drawn(base, small.LABELLED))
@@ -37,12 +43,12 @@ def people(folder: Path, base: Path) -> Searcher:
 @contextlib.contextmanager
 def running(searchers: Sequence[Searcher], servers: list | None = None) -> Iterator[str]:
     """The address of the page. servers: takes the server."""
-    from finetune import app_page
+    from finetune import app_server
 
     told = []
-    with app_page.listening("127.0.0.1", 0) as sock:
-        page = app_page.Page(searchers, MAX_BYTES, attention=False)
-        server = app_page.Server(page, "127.0.0.1", sock.getsockname()[1], told.append)
+    with app_server.listening("127.0.0.1", 0) as sock:
+        page = app_server.Page(searchers, MAX_BYTES, attention=False)
+        server = app_server.Server(page, "127.0.0.1", sock.getsockname()[1], told.append)
         if servers is not None:
             servers.append(server)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
@@ -67,11 +73,13 @@ class Visitor:
         self.config = self.client.get("/config").json()
         self.controls: list[Any] = [12, [], []]  # matches, cameras, options
 
-    def ask(self, event: str, data: Any = None, controls: list[Any] | None = None) -> dict[str, Any]:
-        """What an event gives: `success`, and of its outputs message and result as HTML. The session is the server's:
-        None in its place."""
+    def ask(
+        self, event: str, data: Any = None, controls: list[Any] | None = None, given: Sequence[Any] = ()
+    ) -> dict[str, Any]:
+        """What an event gives: `success`, and of its outputs message and result as HTML. given: what the event has
+        before the controls. The session is the server's: None in its place."""
         (wanted,) = [one for one in self.config["dependencies"] if one["targets"][0][1] == event][:1]
-        given = [None, *(self.controls if controls is None else controls)]
+        given = [None, *given, *(self.controls if controls is None else controls)]
         body = {"data": given, "event_data": data, "fn_index": wanted["id"], "session_hash": self.session,
                 "trigger_id": wanted["targets"][0][0]}  # fmt: skip
         joined = self.client.post("/gradio_api/queue/join", json=body)

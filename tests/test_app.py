@@ -258,6 +258,7 @@ def test_wrong_use_is_told(served, tmp_path, capsys):
 def test_without_gradio_the_way_to_get_it_is_told(served, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "finetune.app_page")
+    monkeypatch.delitem(sys.modules, "finetune.app_server")
     assert small.run([SCRIPT, str(served[1].folder)]) == 2
     assert "the search page needs gradio: pip install -e '.[app]'" in capsys.readouterr().err
 

@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("gradio", reason="the extra `app`")
 
-from finetune.app_page import KEPT, PAST, Page, Session, forget
+from finetune.app_page import PAST, Page, Session
 from finetune.app_search import Query
+from finetune.app_server import KEPT, forget
 
 
 def test_who_left_is_forgotten():

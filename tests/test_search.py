@@ -210,10 +210,8 @@ def test_wrong_use_is_told(base, model, tmp_path, capsys):
     assert search("query", tmp_path / "g", image, "--ckpt", tmp_path / "moved") == 0
 
 
-@pytest.fixture(scope="module")
-def reader_of_text(tmp_path_factory) -> Path:
-    """A model that knows a few words, and a gallery with it."""
-    folder = tmp_path_factory.mktemp("text")
+def a_reader_of_text(folder: Path) -> Path:
+    """A model that knows the words of "a woman in a red coat", six crops, and a gallery of them."""
     torch.manual_seed(0)
     config = BackboneConfig(name="vit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=2, num_heads=2, drop_path=0)
     backbone = backbones.build(backbones.arguments_of(config, (48, 16)))
@@ -229,6 +227,11 @@ def reader_of_text(tmp_path_factory) -> Path:
         Image.fromarray(pixels).resize((20, 60)).save(path)
     assert search("build", folder / "crops", "--ckpt", folder, "--out", folder / "gallery", "--device", "cpu") == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def reader_of_text(tmp_path_factory) -> Path:
+    return a_reader_of_text(tmp_path_factory.mktemp("text"))
 
 
 def test_a_sentence_finds_the_images_nearest_to_it(reader_of_text, tmp_path, capsys):
