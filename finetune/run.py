@@ -59,7 +59,7 @@ def train(
     sampler, share = views.Places(), (config.sampling.images_per_identity, acc.process_index, acc.num_processes)
     loader = views.build_loader(dataset, sampler, config.benchmark.workers)
     optimisers, wrapped = [acc.prepare(optimiser) for optimiser in keeper.trained[1]], acc.prepare(method)
-    ranks.watch(method.backbone)  # not the method, which may wait in its forward for the others
+    ranks.watch(*method.watched)  # not the method, which may wait in its forward for the others
     for epoch in range(done.epoch, epochs):
         with ranks.phase(EVALUATION):
             plan = method.epoch(epoch, identities, hooks[0])

@@ -248,3 +248,13 @@ def test_eight_drawn_people_are_fitted():
     features = model.eval().embed(images)
     scores = features @ features.T - 2 * torch.eye(32)
     assert bool((labels[scores.argmax(1)] == labels).all())
+
+
+@pytest.mark.parametrize("section", [{}, {"fusion": None}])
+def test_what_is_watched_runs_in_each_step(section):
+    """How slow a process is, is told by these modules: one that is never called would tell nothing."""
+    model, called = method(section), set()
+    for module in model.watched:
+        module.register_forward_hook(lambda *given: called.add(given[0]))
+    model(batch(model.draws))
+    assert called == set(model.watched)

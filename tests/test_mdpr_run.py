@@ -5,7 +5,7 @@ import pytest
 import small
 import torch
 from safetensors.torch import load_file
-from test_mdpr import CLASSES, batch
+from test_mdpr import CLASSES, batch, method
 from test_two_processes import launch
 
 from finetune import attention_overlay, backbones, models
@@ -13,6 +13,7 @@ from finetune.backbones import BackboneConfig
 from finetune.config import FinetuneConfig
 from finetune.methods import build
 from finetune.methods.base import Parts
+from finetune.plain_forward import PlainEmbedder
 from pretrain import checkpoint
 from recipes.load import load
 
@@ -106,3 +107,20 @@ def test_recipes_build_their_method(name):
         assert (optim.kind, optim.lr, optim.weight_decay, optim.warmup_factor) == ("adam", 3.5e-4, 5e-4, 0.1)
         assert (optim.epochs, optim.warmup_steps) == {"m": (60, 2000), "s": (40, 200)}[name[5]]
         assert optim.lr * optim.end_factor == pytest.approx(1e-7, rel=1e-3)
+
+
+def test_plain_operations_give_the_same_features_for_exporters():
+    torch.manual_seed(3)
+    model = method().eval()
+    with torch.no_grad():
+        plain = PlainEmbedder(model, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, "own")
+        torch.testing.assert_close(plain(batch(0).images), model.embed(batch(0).images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.soak
+def test_it_becomes_onnx(people, tmp_path):
+    """Its streams are attributes of the exported program, so none may be called as Python calls a keyword."""
+    pytest.importorskip("onnxruntime", reason="the extra `onnx`")
+    assert small.run(command(tmp_path / "run", people, "benchmark.strips=0", "optim.epochs=1")) == 0
+    line = ["--ckpt", str(tmp_path / "run"), "--to", "onnx", "--out", str(tmp_path / "model.onnx")]
+    assert small.run([str(small.ROOT / "finetune/export.py"), *line]) == 0

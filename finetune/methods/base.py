@@ -156,6 +156,11 @@ class Method(nn.Module, abc.ABC):
         `load_state_dict` as a module has them, whose tensors may be of another shape each time."""
         return {}
 
+    @property
+    def watched(self) -> list[nn.Module]:
+        """Modules whose forward passes tell how fast this process is; none that waits for the others."""
+        return [self.backbone]
+
     def optimisers(self) -> list[nn.Module]:
         """The modules that get an optimiser each; one for all by default."""
         return [self]

@@ -57,6 +57,10 @@ class BagOfTricks(Method):
     def draws(self) -> int:
         return super().draws + (self.jpm.draws if self.jpm is not None else 0)
 
+    @property
+    def watched(self) -> list[nn.Module]:
+        return [self.backbone] if self.jpm is None else [self.jpm]  # which runs the backbone block by block
+
     def features(self, images: Tensor, drops: Tensor | None, cameras: Tensor | None) -> list[Tensor]:
         """The feature before the neck, float32 [B, F], and with jigsaw patches one [B, D] for each slice."""
         added = None if self.sie is None else self.sie(cameras, len(images))

@@ -88,6 +88,10 @@ class MutualBranches(Method):
     def draws(self) -> int:
         return super().draws + (self.branch.draws if self.backbone.drops else 0)
 
+    @property
+    def watched(self) -> list[nn.Module]:
+        return [self.branch, self.hard, self.soft, *([] if self.tree is None else [self.tree])]
+
     def _lengths(self) -> dict[str, int]:
         """All streams that can be searched with."""
         config = self.config
