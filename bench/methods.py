@@ -2,7 +2,7 @@
 
     python bench/methods.py                                   AlignedReID, MDPR and text search on ViT-S/16, float32
     python bench/methods.py --batch 64 --precision bf16 --device cuda
-    python bench/methods.py --methods mdpr --backbone vit_base_patch16_224
+    python bench/methods.py method.fusion.width=512 --methods mdpr
 
 Forward, losses, backward and the step of the optimiser, with the settings of the recipes for ViT teachers; images are
 random, sentences have 25 of 4,000 words. Loading is left out: a random patch of MDPR costs a second image there.
@@ -42,7 +42,11 @@ class Step:
     """A method and its optimiser on one batch."""
 
     def __init__(self, name: str, given: argparse.Namespace):
-        config = load(FinetuneConfig, str(recipe_path("finetune") / f"{RECIPES[name]}.yaml"), GIVEN.get(name, []))
+        config = load(
+            FinetuneConfig,
+            str(recipe_path("finetune") / f"{RECIPES[name]}.yaml"),
+            [*GIVEN.get(name, []), *([] if name == "bot" else given.overrides)],
+        )
         device, rng = torch.device(given.device), np.random.default_rng(0)
         torch.manual_seed(0)
         wanted = config.backbone.model_copy(update={"name": given.backbone})
@@ -90,8 +94,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="in a round")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the recipe, not BoT's")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write METHOD.json there, too")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     bot, gpu = Step("bot", given), None
     if bot.device.type == "cuda":
         gpu = torch.cuda.get_device_name(bot.device)
