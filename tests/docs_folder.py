@@ -18,7 +18,8 @@ from conftest import encoded
 
 # what one labelled set, one without labels, and one pretraining stand for
 LABELLED = ("market1501", "dukemtmc", "cuhk03_np", "own_labelled", "msmt17", "msmt17_v1", "mine_labelled", "demo_reid",
-            "market1501-cut", "demo-cut-0.7", "cuhk03_np-cut", "cuhk_pedes", "figures_captions")  # fmt: skip
+            "market1501-cut", "demo-cut-0.7", "cuhk03_np-cut", "cuhk_pedes", "cuhk01_text", "figures",
+            "figures_captions")  # fmt: skip
 UNLABELED = ("luperson", "crops", "mine", "own", "big", "smoke", "another-day", "demo_unlabeled", "cuhk03_train")
 PRETRAINED = ("vits16", "vitb16", "mine", "cfs_target", "own", "crops", "crops-cfs-target", "teacher", "smoke", "X",
               "crops_stock_ratio", "demo1/pretrain", "demo/pretrain", "dino", "mim", "stock")  # fmt: skip
@@ -165,6 +166,8 @@ def make(folder: Path, forks: forked.Server) -> None:
     _linked(folder / "runs", PRETRAINED, folder / "runs/pretrain")
     _linked(folder / "runs", TUNED, folder / "runs/market")
     _linked(folder / "runs", ("demo/aligned", "cuhk03-aligned"), folder / "runs/market-aligned")
+    _linked(folder / "runs", ("cuhk03-mdpr",), folder / "runs/market-mdpr")
+    _linked(folder / "models", ("cuhk03-fusion",), folder / "models/market-fusion")
 
 
 def state(folder: Path) -> dict[str, tuple]:

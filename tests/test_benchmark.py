@@ -8,7 +8,7 @@ import pytest
 import small
 from PIL import Image
 
-from finetune import alignment_picture, benchmark, reporting
+from finetune import alignment_picture, attention_overlay, benchmark, reporting
 from finetune.benchmark import FILES, BenchmarkConfig, counts, names, run
 from finetune.metrics import Protocol, evaluate
 from finetune.rerank import RerankConfig
@@ -48,8 +48,9 @@ def one(people, tmp_path_factory):
 
 def test_everything_is_there(one):
     out, outcome = one
-    # the picture of aligned stripes needs a model with local features
-    assert {path.name for path in out.iterdir()} == {*FILES, "embeddings"} - {alignment_picture.NAME}
+    # the pictures of aligned stripes and of learned attention need models that have these
+    others = {alignment_picture.NAME, attention_overlay.NAME, attention_overlay.NUMBERS}
+    assert {path.name for path in out.iterdir()} == {*FILES, "embeddings"} - others
     told = small.json_of(out / "results.json")
     query, gallery = (EmbeddingTable.load(out / "embeddings" / split) for split in ("query", "gallery"))
     plain = evaluate(query, gallery)

@@ -102,5 +102,5 @@ def test_ibn_stands_in_three_stages_under_the_names_of_its_authors():
     assert {"layer1.0.bn1.IN.weight", "layer1.0.bn1.BN.running_var"} <= names.keys()
     assert names["layer3.5.bn1.IN.bias"].shape == (128,)
     assert names.keys() - plain.keys() == {name for name in names if ".bn1.IN." in name or ".bn1.BN." in name}
-    with pytest.raises(RuntimeError, match="give the authors' file to --ckpt"):
+    with pytest.raises(RuntimeError, match="give a file of weights to --ckpt"):
         timm.create_model("resnet50_ibn_a", pretrained=True)
