@@ -172,6 +172,8 @@ def test_streams_can_be_chosen():
     for wrong in (["fusion", "fusion"], [], ["cls"]):
         with pytest.raises(UserError, match="global, parts, last, mid, fusion"):
             model.search_by(wrong)
+    with pytest.raises(UserError, match="streams = :"):
+        method({"streams": []})
     with pytest.raises(UserError, match="streams = fusion"):
         method({"fusion": None, "streams": ["fusion"]})
 

@@ -22,6 +22,7 @@ from finetune.distillation import DistillationConfig, MutualDistillation
 from finetune.fusion import FusionConfig, FusionTree
 from finetune.id_losses import IdLosses, IdLossesConfig
 from finetune.methods.base import ImageBatch, Method, Parts
+from pretrain.backbone import Backbone
 from recipes.errors import UserError
 from recipes.load import Section
 
@@ -55,7 +56,7 @@ class MutualBranches(Method):
         rows = parts.backbone.grid[0]
         if config.parts > rows:
             raise UserError(f"method.parts={config.parts} is more than the {rows} rows of the backbone's map")
-        if config.cls and not hasattr(parts.backbone, "vit"):
+        if config.cls and not isinstance(parts.backbone, Backbone):
             raise UserError("method.cls needs the class token of a Vision Transformer; leave it false")
         channels, dim = self.branch.channels, config.dim
         self.hard = HardContent(channels[1], dim, config.parts)
@@ -76,7 +77,7 @@ class MutualBranches(Method):
             {name: IdLosses(beside if name in BESIDE else config.id_losses, head.norm.num_features, parts.classes)
              for name, head in self.heads.items()}
         )  # fmt: skip
-        self.search_by(config.streams or tuple(self._lengths()))
+        self.search_by(tuple(self._lengths()) if config.streams is None else config.streams)
 
     def _names(self, stream: str) -> list[str]:
         """The heads of a stream. "global" has another name: exporters make attributes of them, and it is a keyword."""
