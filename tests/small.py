@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from pretrain import checkpoint
 from shards.assembly import build_set
 from shards.images import ImagesConfig
 from shards.packing import PackingConfig
@@ -73,6 +75,20 @@ def run(command: list[str]) -> int:
         torch.set_num_threads(threads)
         AcceleratorState._reset_state(reset_partial_state=True)  # else the next script inherits this one's precision
     return 0
+
+
+def interrupted_and_gone_on(command: list[str]) -> None:
+    """Run an entry script that is interrupted after the first state that it writes, then again to its end."""
+    original = checkpoint.write_state
+
+    def stopping(*arguments: Any) -> None:
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "write_state", stopping)
+        assert run(command) == 130
+    assert run(command) == 0
 
 
 def environment(**more: str) -> dict[str, str]:

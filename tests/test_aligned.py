@@ -160,18 +160,9 @@ def command(out, people, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "more", [[], ["validation.identities=4", "validation.every_epochs=1"]], ids=["plain", "chosen"]
 )
-def test_two_networks_are_stopped_and_go_on_to_the_bit(people, tmp_path, monkeypatch, more):
+def test_two_networks_are_stopped_and_go_on_to_the_bit(people, tmp_path, more):
     assert small.run(command(tmp_path / "whole", people, *more)) == 0
-    line, original = command(tmp_path / "run", people, *more), checkpoint.write_state
-
-    def stopping(*arguments) -> None:
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_state", stopping)
-        assert small.run(line) == 130
-    assert small.run(line) == 0
+    small.interrupted_and_gone_on(command(tmp_path / "run", people, *more))
     states = [checkpoint.states(tmp_path / name / "checkpoints")[-1] for name in ("run", "whole")]
     first, second = (load_file(next(state.glob("*.safetensors"))) for state in states)
     assert any(name.startswith("method.peers.0.") for name in first)

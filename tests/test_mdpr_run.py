@@ -34,19 +34,10 @@ def command(out, people, *more: str) -> list[str]:
     return [str(small.ROOT / "finetune/run.py"), "--recipe", recipe, "--out", str(out), "--ckpt", "none", *given]
 
 
-def test_a_run_is_stopped_and_goes_on_to_the_bit_and_its_model_is_searched(people, tmp_path, monkeypatch, capsys):
+def test_a_run_is_stopped_and_goes_on_to_the_bit_and_its_model_is_searched(people, tmp_path, capsys):
     assert small.run(command(tmp_path / "whole", people, "benchmark.strips=2")) == 0
     assert "; feature: 16 global + 32 parts + 16 last + 16 mid + 64 fusion" in capsys.readouterr().out
-    line, original = command(tmp_path / "run", people, "benchmark.strips=2"), checkpoint.write_state
-
-    def stopping(*arguments) -> None:
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_state", stopping)
-        assert small.run(line) == 130
-    assert small.run(line) == 0
+    small.interrupted_and_gone_on(command(tmp_path / "run", people, "benchmark.strips=2"))
     states = [checkpoint.states(tmp_path / name / "checkpoints")[-1] for name in ("run", "whole")]
     first, second = (load_file(next(state.glob("*.safetensors"))) for state in states)
     assert first.keys() == second.keys()
