@@ -80,6 +80,13 @@ def launched() -> "Iterator[Browser]":
             browser.close()
 
 
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """One Chromium for the pages of a module."""
+    with launched() as found:
+        yield found
+
+
 @contextlib.contextmanager
 def opened(
     browser: "Browser", url: str, size: tuple[int, int] = DESK, dark: bool = False, online: bool = True

@@ -27,7 +27,7 @@ from shards.reader import ShardReader
 from shards.schema import Record
 from shards.writer import pack
 
-pytest_plugins = ["rows"]  # the mark `row`, the fixture `figures` and their table
+pytest_plugins = ["rows", "browser"]  # the mark `row`, the fixture `figures` and their table; the fixture `browser`
 SIZE, LOCAL, PATCH = (64, 32), (32, 16), 8  # height, width of global and local crops; pixels
 GRID = (8, 4)
 TINY = BackboneConfig(name="vit_tiny_patch16_224", patch_size=PATCH, embed_dim=32, depth=2, num_heads=2)

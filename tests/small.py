@@ -115,6 +115,16 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
     )
 
 
+def on_two_processes(script: str, out: Path) -> dict[str, Any]:
+    """Run a Python file with the argument `out` on two processes of torchrun; what it wrote there as JSON."""
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    variables = environment(PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
+    command = [sys.executable, "-m", *launcher, script, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json_of(out)
+
+
 def json_of(path: Path) -> Any:
     """Content of a JSON file."""
     return json.loads(path.read_text())

@@ -6,7 +6,6 @@ As a script, which torchrun starts twice, this file is two of these processes.
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -186,12 +185,7 @@ def refuse() -> None:
 
 
 def test_two_processes_have_the_memory_of_one(tmp_path):
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", small.free_port()]
-    command = [sys.executable, "-m", *launcher, __file__, str(tmp_path / "told.json")]
-    environment = small.environment(PYTHONPATH=str(small.ROOT), ACCELERATE_USE_CPU="true")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = small.json_of(tmp_path / "told.json")
+    told = small.on_two_processes(__file__, tmp_path / "told.json")
     assert told["world"] == 2
     assert told["errors"] == ["nothing to learn"] * 2, "an error of the first process is one of all"
     for name, values in steps().items():

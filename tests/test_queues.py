@@ -5,7 +5,6 @@ As a script, which torchrun starts twice, this file is two of these processes.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -180,12 +179,7 @@ def both(out: Path) -> None:
 
 
 def test_two_processes_have_the_queues_of_one_and_learn_the_same(tmp_path):
-    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", small.free_port()]
-    command = [sys.executable, "-m", *launcher, __file__, str(tmp_path / "told.json")]
-    environment = small.environment(PYTHONPATH=str(small.ROOT), ACCELERATE_USE_CPU="true")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = small.json_of(tmp_path / "told.json")
+    told = small.on_two_processes(__file__, tmp_path / "told.json")
     assert told.pop("world") == 2
     # losses over pairs see the whole batch, so two processes learn what one does
     assert told.pop("trained") == pytest.approx(training(), rel=1e-4, abs=1e-5)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
-from browser import DESK, PHONE, brightness, colours, launched, needs_browser, opened
+from browser import DESK, PHONE, brightness, colours, needs_browser, opened
 from page_scripts import CONTRAST, DROPPED, FOCUSED
 from PIL import Image
 
@@ -23,12 +23,6 @@ from shards.reader import ShardReader
 
 pytestmark = needs_browser
 HOSTILE = "${document.title='x'} {{value}} `a` <img src=x onerror=alert(1)>.png"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The field for sentences of the search page, in a real browser."""
 
 import pytest
-from browser import DESK, PHONE, launched, needs_browser, opened
+from browser import DESK, PHONE, needs_browser, opened
 from page_scripts import CONTRAST
 
 pytest.importorskip("gradio", reason="the extra `app`")
@@ -10,12 +10,6 @@ import app_served
 
 pytestmark = needs_browser
 FIELD = "or say in English whom you look for"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

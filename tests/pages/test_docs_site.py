@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from browser import DESK, PHONE, brightness, colours, launched, needs_browser, opened
+from browser import DESK, PHONE, brightness, colours, needs_browser, opened
 from small import ROOT
 
 pytestmark = needs_browser
@@ -21,12 +21,6 @@ def site(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=quiet)
     assert done.returncode == 0, done.stderr
     return out
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as found:
-        yield found
 
 
 @pytest.mark.parametrize("page", SHOWN)

@@ -5,18 +5,12 @@ import re
 import pytest
 import report_runs
 import small
-from browser import DESK, PHONE, brightness, colours, launched, needs_browser, opened
+from browser import DESK, PHONE, brightness, colours, needs_browser, opened
 from page_scripts import CONTRAST, FOCUSED
 
 pytestmark = needs_browser
 SCRIPT = str(small.ROOT / "finetune" / "report.py")
 PAGES = ("pretraining", "tuned", "compared")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
